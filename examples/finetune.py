@@ -1,0 +1,313 @@
+"""Fine-tune a chat model with a peft_kasa adapter and TRL, and see what it learned; a few minutes on two CPU cores.
+
+The task: an order written as one loose sentence becomes a small JSON record (orders.py). The script
+
+1. measures the base model on held-out orders (loss, answers right to the letter, right fields),
+2. trains an adapter with TRL's `SFTTrainer` and the method's penalty, and measures again,
+3. saves the adapter, loads it onto a fresh copy of the base and checks that the logits are equal bit for bit,
+4. writes the same change as a plain LoRA adapter, which PEFT alone loads onto the base.
+
+    python examples/finetune.py                               # KaSA on SmolLM2-135M
+    python examples/finetune.py --method pissa --steps 100
+    python examples/finetune.py --model Qwen/Qwen2.5-0.5B-Instruct --load-in-4bit
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]:
+    sys.exit(f"This example needs {' and '.join(missing)}: pip install trl datasets")
+
+import torch
+from base_model import smollm2
+from datasets import Dataset
+from orders import Order, messages, score, train_and_held_out
+from peft import PeftConfig, PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from peft_kasa import KaSAConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig, SVFitConfig, export_lora, penalty
+
+METHODS: dict[str, tuple[type[PeftConfig], float]] = {
+    # name: the config of its adapter, a learning rate that suits it
+    "kasa": (KaSAConfig, 2e-3),
+    "pissa": (PiSSAConfig, 1e-3),
+    "milora": (MiLoRAConfig, 2e-3),
+    "sorsa": (SORSAConfig, 1e-3),
+    "svfit": (SVFitConfig, 1e-2),
+}
+LOSS_ROWS = 64
+ANSWER_ROWS = 48
+SHOWN_ROWS = 3
+EVAL_BATCH = 16
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.time()
+    set_seed(args.seed)
+    train_rows, held_out = train_and_held_out(args.steps * args.batch_size, LOSS_ROWS, args.seed)
+
+    model_path = args.model or smollm2()
+    tokenizer = load_tokenizer(model_path)
+    base = load_base(model_path, args.load_in_4bit)
+    print(f"\n{args.method} on {model_path}: {base.dtype}, {base.device}{', 4-bit' if args.load_in_4bit else ''}\n")
+
+    before = evaluate(base, tokenizer, held_out, "before")
+    model = train(base, tokenizer, train_rows, args)
+    after = evaluate(model, tokenizer, held_out, "after")
+
+    adapter, lora = args.output / "adapter", args.output / "lora"
+    model.save_pretrained(adapter)
+    report = export_lora(model, lora)
+    probe = tokenize(tokenizer, held_out[:8], with_answers=True).to(model.device)
+    trained_logits = logits(model, probe)
+
+    # From here on the trained model is gone: what is on disk has to do.
+    del model, base
+    reloaded = PeftModel.from_pretrained(load_base(model_path, args.load_in_4bit), adapter)
+    check_equal(trained_logits, logits(reloaded, probe))
+    del reloaded
+    plain = PeftModel.from_pretrained(load_base(model_path, args.load_in_4bit), lora)
+    difference = relative_difference(trained_logits, logits(plain, probe))
+
+    show_answers(held_out, before, after)
+    show_table(before, after)
+    print(f"\nadapter   {adapter}  (loaded onto a fresh base: logits equal bit for bit)")
+    print(f"LoRA      {lora}  (loaded by PEFT alone: logits differ by {difference:.1e}, relative)")
+    print(f"\n{report}\n\n{time.time() - started:.0f} s in all")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line, checked before any work starts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", help="a Hub id or a local folder; SmolLM2-135M-Instruct if left out")
+    parser.add_argument("--method", choices=METHODS, default="kasa")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base to 4 bits with bitsandbytes")
+    parser.add_argument("--r", type=whole_number, default=8, help="rank of the adapter")
+    parser.add_argument("--steps", type=whole_number, default=60)
+    parser.add_argument("--batch-size", type=whole_number, default=8)
+    parser.add_argument("--lr", type=positive_number, help="learning rate; by default the method's own")
+    parser.add_argument("--output", type=Path, help="folder to write to; ./outputs/<method> if left out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+    if args.model and not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", args.model):
+        parser.error(f"--model {args.model}: no such folder, and no Hub id either")
+    args.output = (args.output or Path("outputs") / args.method).absolute()
+    if any(path.exists() and not path.is_dir() for path in (args.output, *args.output.parents)):
+        parser.error(f"--output {args.output}: a file is in the way")
+    args.lr = args.lr or METHODS[args.method][1]
+    return args
+
+
+def whole_number(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not positive and finite")
+    return value
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        sys.exit(f"{path} has no chat template; this example needs a chat model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(path: str, load_in_4bit: bool) -> PreTrainedModel:
+    """The base model, on the GPU if there is one, in bfloat16 where the machine computes in it natively."""
+    if torch.cuda.is_available():
+        device, has_bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        device, has_bf16 = "cpu", torch.cpu._is_avx512_bf16_supported()
+    quantisation = None
+    if load_in_4bit:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if has_bf16 or load_in_4bit else torch.float32,
+        device_map=device,
+        quantization_config=quantisation,
+    ).eval()
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer with the penalty that KaSA and SORSA add to the training loss (0 for the other methods)."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs or not self.model.training:
+            return loss
+        return loss + penalty(self.model)
+
+
+@dataclass
+class Results:
+    """What a model makes of the held-out orders."""
+
+    loss: float
+    answers: list[str]
+    exact: float
+    fields: float
+
+
+def train(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], args: argparse.Namespace
+) -> PeftModel:
+    """Put an adapter on `base` and train it on `rows`, each once; only the answers count in the loss."""
+    make_config, _ = METHODS[args.method]
+    model = get_peft_model(base, make_config(r=args.r))
+    model.print_trainable_parameters()
+    settings = SFTConfig(
+        output_dir=str(args.output),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, args.steps // 10),
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        seed=args.seed,
+        use_cpu=base.device.type == "cpu",
+        dataloader_pin_memory=base.device.type != "cpu",
+        bf16=False,  # no autocast: the base computes in the type it was loaded in, the adapter in float32
+        gradient_checkpointing=False,  # True saves memory with a large model, and costs time
+    )
+    dataset = Dataset.from_list([messages(row) for row in rows])
+    weights = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    trainer = Trainer(model, settings, train_dataset=dataset, processing_class=tokenizer)
+    # On a quantised base TRL rounds the adapter to bfloat16; put its float32 weights back.
+    for name, weight in model.named_parameters():
+        if name in weights:
+            weight.data = weights[name]
+    trainer.train()
+    return model.eval()
+
+
+def evaluate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], when: str) -> Results:
+    """The model's loss on `rows`, and its answers to the first of them."""
+    loss = held_out_loss(model, tokenizer, rows, f"Loss {when}")
+    answers = write_answers(model, tokenizer, rows[:ANSWER_ROWS], f"Answers {when}")
+    return Results(loss, answers, *score(answers, rows[:ANSWER_ROWS]))
+
+
+@torch.inference_mode()
+def held_out_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], bar: str) -> float:
+    """The mean loss per token of the expected answers."""
+    loss_sum = tokens = 0.0
+    for batch in batches(rows, bar):
+        chats = tokenize(tokenizer, batch, with_answers=True).to(model.device)
+        prompt_lengths = tokenize(tokenizer, batch, with_answers=False)["attention_mask"].sum(dim=1).to(model.device)
+        positions = torch.arange(chats["input_ids"].shape[1], device=model.device)
+        in_answer = (positions >= prompt_lengths[:, None]) & chats["attention_mask"].bool()
+        targets = chats["input_ids"].masked_fill(~in_answer, -100)[:, 1:]
+        predictions = model(**chats).logits[:, :-1].float()
+        loss_sum += torch.nn.functional.cross_entropy(
+            predictions.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+        ).item()
+        tokens += (targets != -100).sum().item()
+    return loss_sum / tokens
+
+
+@torch.inference_mode()
+def write_answers(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], bar: str
+) -> list[str]:
+    """What the model answers (greedily) to the orders."""
+    longest = max(len(tokenizer(row["record"])["input_ids"]) for row in rows)
+    answers = []
+    for batch in batches(rows, bar):
+        prompts = tokenize(tokenizer, batch, with_answers=False, padding_side="left").to(model.device)
+        output = model.generate(**prompts, do_sample=False, max_new_tokens=longest + 8)
+        texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [text.strip() for text in texts]
+    return answers
+
+
+def batches(rows: Sequence[Order], bar: str) -> Iterator[Sequence[Order]]:
+    """`rows` in pieces, with a progress bar."""
+    for start in tqdm(range(0, len(rows), EVAL_BATCH), desc=bar, unit="batch"):
+        yield rows[start : start + EVAL_BATCH]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], with_answers: bool, padding_side: str = "right"
+) -> BatchEncoding:
+    """The chats that ask for the records of `rows`, with the expected answers or up to where the answer starts."""
+    chats = [messages(row) for row in rows]
+    texts = [
+        tokenizer.apply_chat_template(chat["prompt"] + chat["completion"], tokenize=False)
+        if with_answers
+        else tokenizer.apply_chat_template(chat["prompt"], tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
+    return tokenizer(texts, padding=True, padding_side=padding_side, add_special_tokens=False, return_tensors="pt")
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module, batch: BatchEncoding) -> torch.Tensor:
+    return model(**batch).logits.float().cpu()
+
+
+def check_equal(trained: torch.Tensor, reloaded: torch.Tensor) -> None:
+    if not torch.equal(trained, reloaded):
+        sys.exit(f"The reloaded adapter's logits differ by {relative_difference(trained, reloaded):.1e}, relative")
+
+
+def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def show_answers(rows: Sequence[Order], before: Results, after: Results) -> None:
+    print("\nHeld-out orders and the model's answers")
+    for row, was, now in list(zip(rows, before.answers, after.answers, strict=False))[:SHOWN_ROWS]:
+        print(f"\n  order     {row['text']}\n  expected  {row['record']}")
+        print(f"  before    {' '.join(was.split())}\n  after     {now}")
+
+
+def show_table(before: Results, after: Results) -> None:
+    print(f"\n{'':<34}{'before':>9}{'after':>9}")
+    print(f"{f'loss on {LOSS_ROWS} held-out orders':<34}{before.loss:>9.3f}{after.loss:>9.3f}")
+    print(f"{f'right to the letter, of {ANSWER_ROWS}':<34}{before.exact:>9.1%}{after.exact:>9.1%}")
+    print(f"{'right fields':<34}{before.fields:>9.1%}{after.fields:>9.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The SVD family of fine-tuning methods for Hugging Face PEFT: import this package and use its configs.
+
+from peft import get_peft_model
+from peft_kasa import KaSAConfig
+
+model = get_peft_model(model, KaSAConfig(r=8, target_modules="all-linear"))
+"""
+
+import peft as _peft
+
+from . import peft_type as _peft_type
+
+_peft_type.require_peft(_peft.__version__)
+_peft_type.add_member(_peft.PeftType, _peft_type.NAME)
+
+from .adapter.export import LoraExport, export_lora, to_lora  # noqa: E402
+from .adapter.layer import SpectralLinear  # noqa: E402
+from .adapter.register import register as _register  # noqa: E402
+from .adapter.tuner import SpectralModel  # noqa: E402
+from .methods import (  # noqa: E402
+    KaSAConfig,
+    MiLoRAConfig,
+    PiSSAConfig,
+    Site,
+    SORSAConfig,
+    SpectralConfig,
+    Start,
+    SVFitConfig,
+)
+from .training import callback as _callback  # noqa: E402
+from .training import regularise as _regularise  # noqa: E402
+from .training.regularise import penalty  # noqa: E402
+
+_register()
+_regularise.install()
+_callback.install()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KaSAConfig",
+    "LoraExport",
+    "MiLoRAConfig",
+    "PiSSAConfig",
+    "SORSAConfig",
+    "SVFitConfig",
+    "Site",
+    "SpectralConfig",
+    "SpectralLinear",
+    "SpectralModel",
+    "Start",
+    "export_lora",
+    "penalty",
+    "to_lora",
+]

@@ -1,0 +1,1 @@
+"""The only place that knows PEFT's classes, devices and quantised bases."""

@@ -1,0 +1,94 @@
+"""The base layer's weight as a float32 matrix, whatever it is stored as."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class BaseWeight:
+    """Reads one base layer; only `overwrite` writes it, for merging.
+
+    bitsandbytes repacks a 4-bit weight in place at the first evaluation on a CPU with AVX512-BF16, and rounds its block
+    scales to bfloat16 on the way. The scales from before are kept (by reference: it rebinds them), so that reading
+    gives the same numbers before and after.
+    """
+
+    def __init__(self, layer: nn.Module, **quantization: Any) -> None:
+        self.layer = layer
+        self.backend = resolve_quantization_backend(layer, **quantization)
+        self.transposed = isinstance(layer, Conv1D)
+        self._scales = self._current_scales()
+
+    def matrix(self) -> Tensor:
+        """(out, in), float32, a copy unless the layer holds it so; on the meta device if the layer is there."""
+        weight: Any = self.layer.weight
+        if self._scales is not None:
+            weight = self._dequantized_4bit(weight)
+        elif self.backend is not None:
+            weight = self.backend.get_base_weight(self.layer)
+        weight = weight.detach().to(torch.float32)
+        return weight.T if self.transposed else weight
+
+    def overwrite(self, weight: Tensor, owner: Any) -> Callable[[], None]:
+        """Stores an (out, in) matrix in the layer's own format, and returns what puts the old bits back."""
+        weight = weight.T if self.transposed else weight
+        if self.backend is None:
+            parameter = self.layer.weight
+            original = parameter.detach().to("cpu", copy=True)
+            parameter.data.copy_(weight)
+            return lambda: parameter.data.copy_(original)
+        return self._requantize(weight, owner)
+
+    def _requantize(self, weight: Tensor, owner: Any) -> Callable[[], None]:
+        parameter, scales = self.layer.weight, self._scales
+        state = getattr(self.layer, "state", None)  # of 8-bit layers: it takes the quantised weight over
+        kept = None if state is None else (state.CB, state.SCB)
+        self.backend.set_base_weight(owner, weight)  # type: ignore[union-attr]
+        self._scales = self._current_scales()
+
+        def restore() -> None:
+            self.layer.weight, self._scales = parameter, scales
+            if state is not None:
+                state.CB, state.SCB = kept
+
+        return restore
+
+    def _current_scales(self) -> Any:
+        return copy.copy(getattr(getattr(self.layer, "weight", None), "quant_state", None))
+
+    def _dequantized_4bit(self, weight: Any) -> Tensor:
+        from bitsandbytes import functional as bnb
+
+        nibbles, state = weight.data, self._scales
+        if _packed(weight.quant_state):
+            nibbles, live = bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(weight.quant_state))
+            state = live if _packed(self._scales) else self._scales
+        elif _packed(self._scales):  # was wrapped while packed, and unpacked since
+            state = weight.quant_state
+        if state.absmax.device != nibbles.device:  # the layer has moved: its live state moved with it, ours did not
+            state = copy.copy(state)
+            state.to(nibbles.device)
+        return bnb.dequantize_4bit(nibbles, state)
+
+
+def _packed(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Why a layer cannot be adapted, or None if it can."""
+    if isinstance(layer, nn.Linear | Conv1D) and resolve_quantization_backend(layer) is None:
+        return None
+    backend = resolve_quantization_backend(layer)
+    if backend is None or backend.layer_type != "linear":
+        return f"{type(layer).__name__} is not a linear layer. Choose Linear, Conv1D or quantised linear layers"
+    if not backend.supports_merge:
+        return f"{backend.backend_name} weights cannot be read back, which a decomposition needs"
+    return None

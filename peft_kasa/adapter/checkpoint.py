@@ -1,0 +1,109 @@
+"""Whether an adapter's file fits the model it is loaded into. Every refusal names the module and the remedy."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..peft_type import PREFIX
+from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
+
+if TYPE_CHECKING:
+    from .layer import SpectralLinear
+
+
+def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
+    """Checks a state dict, by the model's own keys, before anything of it is loaded.
+
+    Raises:
+        ValueError: keys that are missing or that nothing takes, another shape, NaN, or another base.
+    """
+    layers = {name: module for name, module in model.named_modules() if adapter in getattr(module, "adapters", ())}
+    expected = {
+        f"{name}.{PREFIX}{slot}.{adapter}": (name, slot, tuple(value.shape))
+        for name, layer in layers.items()
+        for slot, value in layer.slots(adapter).items()
+    }
+    _check_keys(expected, state, adapter)
+    for key, (name, slot, shape) in expected.items():
+        _check_value(name, slot, shape, state[key])
+    drift = {n: _check_base(layer, state[f"{n}.{PREFIX}{FINGERPRINT}.{adapter}"]) for n, layer in layers.items()}
+    _warn_of_drift(drift)
+
+
+def arrived(layer: SpectralLinear, adapter: str) -> bool:
+    """Whether a loader other than PEFT's (transformers' own, `load_state_dict`) has filled the slots of a layer.
+
+    Raises:
+        ValueError: if it filled only some, or from another base.
+    """
+    slots = layer.slots(adapter)
+    if empty := [name for name, value in slots.items() if value.is_meta]:
+        raise ValueError(
+            f"{layer.name}: {', '.join(empty)} of adapter {adapter!r} hold no values. Load them from its file, or create "
+            "the adapter without low_cpu_mem_usage=True."
+        )
+    missing = [name for name, value in slots.items() if torch.isnan(value).any()]
+    if len(missing) == len(slots):
+        return False
+    if missing:
+        raise ValueError(
+            f"{layer.name}: the file of adapter {adapter!r} did not give {', '.join(missing)}, or gave NaN. "
+            "Save the adapter again from its source."
+        )
+    layer.adapters[adapter].awaiting = False
+    _warn_of_drift({layer.name: _check_base(layer, slots[FINGERPRINT])})
+    return True
+
+
+def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: dict[str, Tensor], adapter: str) -> None:
+    if missing := [key for key in expected if key not in state]:
+        name, slot, _ = expected[missing[0]]
+        raise ValueError(
+            f"{name}: the adapter's file lacks {slot} ({len(missing)} tensors missing in all). Its config targets modules "
+            "that were not saved, or the file is damaged: save it again, or load it with its own adapter_config.json."
+        )
+    if extra := [key for key in state if f".{PREFIX}" in key and key not in expected]:
+        name, _, slot = extra[0].removeprefix("base_model.model.").rpartition(f".{PREFIX}")
+        raise ValueError(
+            f"{name}: the adapter's file has {slot.removesuffix('.' + adapter)}, which nothing in this model takes "
+            f"({len(extra)} such tensors). Load it onto the base, and with the adapter_config.json, it was trained with."
+        )
+
+
+def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) -> None:
+    if tuple(found.shape) != shape:
+        raise ValueError(
+            f"{name}: {slot} has to be of shape {shape}. Found {tuple(found.shape)} in the adapter's file: it was trained "
+            "on another base model or with another r. Load the base that adapter_config.json names."
+        )
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use an earlier checkpoint."
+        )
+
+
+def _check_base(layer: SpectralLinear, saved: Tensor) -> float:
+    if layer.base_layer.weight.is_meta:
+        return 0.0
+    found = distance(saved, sketch(layer.base.matrix()))
+    if found > OTHER:
+        raise ValueError(
+            f"{layer.name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "
+            f"{OTHER}). Load the base model that adapter_config.json names."
+        )
+    return found
+
+
+def _warn_of_drift(drift: dict[str, float]) -> None:
+    name = max(drift, key=drift.__getitem__, default=None)
+    if name is None or drift[name] <= SAME:
+        return
+    warnings.warn(
+        f"The base is not stored as it was when the adapter was made: {sum(d > SAME for d in drift.values())} of "
+        f"{len(drift)} weights differ, by {drift[name]:.1e} at most ({name}). Outputs will differ a little.",
+        stacklevel=2,
+    )

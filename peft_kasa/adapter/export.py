@@ -1,0 +1,178 @@
+"""Any adapter of the family as a plain LoRA on the original base. Nothing here knows a method."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..files import replacing
+from ..methods.method import SpectralConfig, require
+from ..peft_type import PREFIX
+from ..spectral import LowRank
+from .layer import SpectralLinear
+from .starting import settle
+
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+LARGEST_RANK = SERVED_RANKS[-1]
+
+
+@dataclass
+class LoraExport:
+    """What an export made.
+
+    Attributes:
+        rank: the largest rank of a module.
+        max_lora_rank: the --max-lora-rank that vLLM needs for it.
+        errors: by module, the relative Frobenius error of the update. All 0.0 unless a `rank` was asked for.
+        path: the folder that was written.
+    """
+
+    rank: int
+    max_lora_rank: int
+    errors: dict[str, float] = field(repr=False)
+    path: str = ""
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        loss = f"error up to {self.errors[worst]:.1e} ({worst})" if self.errors[worst] else "exact"
+        return f"LoRA of rank {self.rank} for {len(self.errors)} modules, {loss}; vLLM: --max-lora-rank {self.max_lora_rank}"
+
+
+@torch.no_grad()
+def to_lora(
+    model: nn.Module, adapter: str = "default", rank: int | None = None, uniform: bool = True
+) -> tuple[LoraConfig, dict[str, Tensor], LoraExport]:
+    """An adapter as a LoraConfig and the tensors of a LoRA on the original base, not written anywhere.
+
+    B A = s L C R - F for each module, exactly: of rank k where a frame is frozen or nothing leaves, else k + rank F.
+
+    Args:
+        model: a PeftModel, or a model with adapters injected.
+        adapter: its name.
+        rank: truncate every module to this rank, which is then the best of its rank. None: exact.
+        uniform: one rank for all modules (zero-padded), no patterns: what servers read. False: each module its own.
+
+    Raises:
+        ValueError: an unknown adapter, a rank above 512 that was not asked for, or, with `uniform`, modules_to_save.
+    """
+    layers = _adapted(model, adapter)
+    config = _config(model, adapter)
+    require(rank is None or rank >= 1, "rank has to be at least 1", rank)
+    extra = _beyond_slots(model, adapter, config, uniform)
+    values = {name: layer.lowrank(adapter) for name, layer in layers.items()}
+    errors = dict.fromkeys(values, 0.0)
+    if rank is not None:
+        for name in values:
+            values[name], errors[name] = values[name].truncated(rank)
+    largest = max(value.rank for value in values.values())
+    if largest > LARGEST_RANK and rank is None:
+        raise ValueError(
+            f"The exact LoRA has rank {largest} ({max(values, key=lambda n: values[n].rank)}), above {LARGEST_RANK}, which "
+            "no server takes. Pass rank= for the best approximation of that rank, or use merge_and_unload."
+        )
+    ranks = {name: largest if uniform else value.rank for name, value in values.items()}
+    tensors = dict(extra)
+    for name, value in values.items():
+        up, down = _padded(value, ranks[name])
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
+    report = LoraExport(largest, min((r for r in SERVED_RANKS if r >= largest), default=largest), errors)
+    return _lora_config(model, config, layers, ranks, extra), tensors, report
+
+
+def export_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter: str = "default",
+    rank: int | None = None,
+    uniform: bool = True,
+) -> LoraExport:
+    """Writes an adapter as a plain LoRA on the original base: it loads in PEFT, vLLM, SGLang or llama.cpp without this
+    package. See `to_lora` for the arguments and errors; returns what was made.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import PeftModel, get_peft_model
+        >>> from peft_kasa import PiSSAConfig, export_lora
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> model = get_peft_model(base, PiSSAConfig(r=2, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(export_lora(model, folder))
+        LoRA of rank 4 for 1 modules, exact; vLLM: --max-lora-rank 8
+    """
+    lora, tensors, report = to_lora(model, adapter, rank, uniform)
+    with replacing(os.path.join(path, SAFETENSORS_WEIGHTS_NAME)) as folder:
+        save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    with replacing(os.path.join(path, "adapter_config.json")) as folder:
+        lora.save_pretrained(folder)
+    report.path = os.fspath(path)
+    return report
+
+
+def _adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
+    settle(model)
+    layers = {m.name: m for m in model.modules() if isinstance(m, SpectralLinear) and adapter in m.adapters}
+    known = sorted({name for m in model.modules() if isinstance(m, SpectralLinear) for name in m.adapters})
+    require(bool(layers), f"adapter has to be one of the family's in this model: {known}", adapter)
+    return layers
+
+
+def _config(model: Any, adapter: str) -> SpectralConfig:
+    return model.peft_config[adapter]
+
+
+def _beyond_slots(model: Any, adapter: str, config: SpectralConfig, uniform: bool) -> dict[str, Tensor]:
+    """What the adapter saves besides its slots: modules_to_save, trainable tokens."""
+    if not config.modules_to_save and not config.trainable_token_indices:
+        return {}
+    if uniform:
+        raise ValueError(
+            f"The adapter also trains {config.modules_to_save or 'token embeddings'}, which servers do not take in a LoRA. "
+            "Pass uniform=False for a LoRA that PEFT loads, or merge_and_unload."
+        )
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    return {key: value for key, value in state.items() if f".{PREFIX}" not in key}
+
+
+def _padded(value: LowRank, rank: int) -> tuple[Tensor, Tensor]:
+    up, down = value.factors()
+    missing = rank - value.rank
+    return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
+
+
+def _lora_config(
+    model: Any, config: SpectralConfig, layers: dict[str, SpectralLinear], ranks: dict[str, int], extra: Any
+) -> LoraConfig:
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    own = {name: rank for name, rank in ranks.items() if rank != usual}
+    return LoraConfig(
+        r=usual,
+        lora_alpha=usual,  # s is in B
+        target_modules=_targets(model, layers),
+        rank_pattern=own,
+        alpha_pattern=dict(own),
+        modules_to_save=config.modules_to_save if extra else None,
+        trainable_token_indices=config.trainable_token_indices if extra else None,
+        fan_in_fan_out=any(layer.base.transposed for layer in layers.values()),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _targets(model: nn.Module, layers: dict[str, SpectralLinear]) -> list[str]:
+    """Short names where they mean the same modules (servers like those), else full ones."""
+    short = {name.rpartition(".")[2] for name in layers}
+    named = {
+        name for name, m in model.named_modules() if name.rpartition(".")[2] in short and ".base_layer" not in name
+    }
+    return sorted(short) if len(named) == len(layers) else sorted(layers)

@@ -1,0 +1,228 @@
+"""The one layer of the family: y = base(x) + update(x), over any base that can be read back."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..methods.method import Site, SpectralConfig, Start, require
+from ..peft_type import PREFIX
+from ..spectral import Engine, LowRank
+from ..spectral.lowrank import from_factors
+from . import checkpoint
+from . import slots as slot
+from .base_weight import BaseWeight
+from .fingerprint import FINGERPRINT, SIDE, sketch
+from .merging import Merging
+
+living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at every optimiser's step
+
+
+@dataclass
+class Adapter:
+    """What a layer knows of one adapter besides its tensors."""
+
+    config: SpectralConfig
+    rank: int
+    scale: float
+    awaiting: bool = True  # its slots have no values yet: a file or the method's start will give them
+    peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
+    trained: bool = False  # a forward pass has asked for its gradients
+
+
+class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
+    """A linear layer with adapters of the family; PEFT makes these, users meet them in `print(model)`.
+
+    The base layer is called, never written: only `merge` does that, and `unmerge` puts the exact bits back. Slots are
+    float32 parameters named `peft_kasa_<slot>.<adapter>`; products run in the dtype of the activations.
+
+    Args:
+        base_layer: Linear, Conv1D, or a quantised linear layer that PEFT can read back.
+        name: the module's name in the model, used in errors and seeds.
+    """
+
+    adapter_layer_names = tuple(PREFIX + name for name in (*slot.NAMES, FINGERPRINT))
+    other_param_names = ("adapters",)
+
+    def __init__(self, base_layer: nn.Module, name: str, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.base = BaseWeight(base_layer, **quantization)
+        self.quantization_backend = self.base.backend
+        self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
+        self.adapters: dict[str, Adapter] = {}
+        for parameters in self.adapter_layer_names:
+            setattr(self, parameters, nn.ParameterDict())
+        self.frozen_peft_weight_names = {}
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = []
+        living.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        living.add(self)  # copies and unpickled layers count too
+
+    # Values -----------------------------------------------------------------------------------------------------
+
+    def reserve(self, adapter: str, config: SpectralConfig, rank: int, scale: float) -> None:
+        """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
+        m, n = self.out_features, self.in_features
+        require(
+            rank <= min(m, n), f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (rank_pattern)", rank
+        )
+        self.adapters[adapter] = Adapter(config, rank, scale)
+        start = self._start(adapter, torch.empty(m, n, device="meta"), Engine())
+        shapes = {name: tuple(value.shape) for name, value in slot.pack(start).items()} | {FINGERPRINT: (SIDE, SIDE)}
+        device = self.base_layer.weight.device
+        for name, shape in shapes.items():
+            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+            self._parameters_of(name)[adapter] = nn.Parameter(empty, requires_grad=name in start.train)
+        frozen = tuple(PREFIX + name for name in shapes if name not in start.train)
+        self.frozen_peft_weight_names[adapter] = frozen
+
+    @torch.no_grad()
+    def begin(self, adapter: str, engine: Engine) -> None:
+        """Gives the adapter its method's start, computed from the base weight."""
+        weight = self.base.matrix()
+        if weight.is_meta:
+            raise ValueError(
+                f"{self.name}: the base weight is on the meta device (offloaded, or not loaded yet), so {adapter!r} "
+                "cannot start from it. Load the base onto a device first."
+            )
+        if bad := int((~torch.isfinite(weight)).sum()):
+            raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
+        values = slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: sketch(weight)}
+        noise = None if self.adapters[adapter].config.init_weights else self._generator(adapter, "noise")
+        for name, value in values.items():
+            parameter = self._parameters_of(name)[adapter]
+            parameter.copy_(value)
+            if noise is not None and parameter.requires_grad:
+                parameter.add_(torch.empty(value.shape).normal_(0, 0.05, generator=noise).to(parameter.device))
+        self.adapters[adapter].awaiting = False
+
+    def settle(self, adapter: str) -> None:
+        """Makes sure that the adapter has values: a file's, checked, or else its method's start."""
+        if self.adapters[adapter].awaiting and not checkpoint.arrived(self, adapter):
+            self.begin(adapter, Engine())
+
+    def forget(self, adapter: str) -> None:
+        """Drops an adapter without choosing another (PEFT's `delete_adapter` does)."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter in (kept := getattr(self, name)):
+                del kept[adapter]
+        self.frozen_peft_weight_names.pop(adapter, None)
+
+    def on_meta(self, adapter: str) -> bool:
+        """Whether the adapter's slots, or the base weight, are without storage."""
+        return self.base_layer.weight.is_meta or any(value.is_meta for value in self.slots(adapter).values())
+
+    def slots(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's tensors by slot name, its fingerprint of the base among them."""
+        named = ((name, self._parameters_of(name)) for name in (*slot.NAMES, FINGERPRINT))
+        return {name: parameters[adapter] for name, parameters in named if adapter in parameters}
+
+    def value(self, adapter: str) -> LowRank:
+        """What learns, as it is now: left (m, k), core, right (k, n), differentiable."""
+        return slot.value(self.slots(adapter))
+
+    def lowrank(self, *adapters: str) -> LowRank:
+        """The whole update of these adapters together, the base not included: exact, and of low rank."""
+        parts = [slot.update(self.slots(name), self.adapters[name].scale) for name in adapters]
+        if (cut := self._cut(adapters)) is not None:
+            parts.append((-cut[0].float(), cut[1].float()))
+        return from_factors(*slot.join(parts))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's update in float32 and in the layout of the base weight: (out, in), Conv1D's (in, out)."""
+        dense = self.lowrank(adapter).dense()
+        return dense.T if self.base.transposed else dense
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Always: see `peft_kasa.export_lora`, which is exact where PEFT's convert_to_lora takes a dense SVD."""
+        return True
+
+    # Forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.adapters]
+        if self.disable_adapters or self.merged or not names:
+            return result
+        for name in names:
+            self.settle(name)
+            self.adapters[name].trained |= self.training and torch.is_grad_enabled()
+        return result + self._update(x, names).to(result.dtype)
+
+    def _update(self, x: Tensor, names: list[str]) -> Tensor:
+        whole: list[slot.Factors] = []  # products that share the input
+        dropped: list[tuple[Tensor, slot.Factors]] = []
+        if (cut := self._cut(names)) is not None:
+            whole.append((-cut[0], cut[1]))
+        for name in names:
+            adapter = self.adapters[name]
+            factors = slot.update(self.slots(name), adapter.scale)
+            if self.training and adapter.config.dropout:
+                dropped.append((F.dropout(x, adapter.config.dropout), factors))
+            else:
+                whole.append(factors)
+        products = [_apply(part, *factors) for part, factors in dropped]
+        if whole:
+            products.append(_apply(x, *slot.join(whole)))
+        return sum(products[1:], products[0])
+
+    def _cut(self, adapters: Any) -> slot.Factors | None:
+        """What leaves the base for these adapters: cuts of one weight are nested, so the largest holds the others."""
+        cuts = [cut for name in adapters if (cut := slot.cut(self.slots(name))) is not None]
+        return max(cuts, key=lambda factors: factors[0].shape[1], default=None)
+
+    # PEFT's hooks -----------------------------------------------------------------------------------------------
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves, and unlike PEFT's own does not cast: masters stay float32."""
+        target = device if device is not None else self.base_layer.weight.device
+        for name in (*slot.NAMES, FINGERPRINT):
+            parameters = self._parameters_of(name)
+            if adapter_name in parameters and not parameters[adapter_name].is_meta:
+                parameters[adapter_name] = parameters[adapter_name].to(target)
+
+    def __repr__(self) -> str:
+        parts = [f"{name}: {a.config.name} r={a.rank} s={a.scale:g}" for name, a in self.adapters.items()]
+        return f"SpectralLinear({', '.join([*parts, f'base={self.base_layer!r}'])})"
+
+    def _parameters_of(self, name: str) -> nn.ParameterDict:
+        return getattr(self, PREFIX + name)
+
+    def _generator(self, adapter: str, use: str = "") -> torch.Generator:
+        seed = self.adapters[adapter].config.seed
+        return torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name} {use}".encode()))
+
+    def _start(self, adapter: str, weight: Tensor, engine: Engine) -> Start:
+        known = self.adapters[adapter]
+        site = Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine)
+        try:
+            return known.config.start(site)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+
+def _apply(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+def _shape(layer: nn.Module, transposed: bool) -> tuple[int, int]:
+    """(in, out) features."""
+    if transposed:
+        n, m = layer.weight.shape
+        return n, m
+    return layer.in_features, layer.out_features

@@ -1,0 +1,49 @@
+"""Writing an update into the base weight, and putting the exact bits back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+
+class Merging:
+    """`merge` and `unmerge` of a layer.
+
+    The merged weight is original + the joint update of all merged adapters, rounded once to the base's dtype, or
+    requantised once. `merge_rounding` tells what that lost, relative to the update. While merged, the original is kept:
+    on the CPU where it is float, as it stands where it is quantised.
+    """
+
+    merge_rounding: float = 0.0
+    _restore: Callable[[], None] | None = None
+
+    @torch.no_grad()
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges these adapters, or the active ones, into the base weight.
+
+        Raises:
+            ValueError: with `safe_merge`, where the result is not finite; the layer is left unmerged.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        self.unmerge()
+        update = self.lowrank(*names).dense()
+        merged = self.base.matrix() + update
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"{self.name}: merging {names} gives NaN or infinite entries. The adapter seems broken.")
+        self._restore = self.base.overwrite(merged, self)
+        self.merged_adapters = names
+        lost = (self.base.matrix() - merged).norm() / update.norm()
+        self.merge_rounding = lost.nan_to_num(posinf=0.0).item()
+
+    @torch.no_grad()
+    def unmerge(self: Any) -> None:
+        """Puts the original weight back, bit for bit."""
+        if self._restore is not None:
+            self._restore()
+        self._restore, self.merged_adapters = None, []

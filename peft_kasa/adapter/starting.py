@@ -1,0 +1,46 @@
+"""Gives adapters their values, over a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..spectral import Engine
+from .layer import SpectralLinear
+
+
+def all_layers(model: nn.Module) -> Iterator[SpectralLinear]:
+    """The layers of the family in a model."""
+    return (module for module in model.modules() if isinstance(module, SpectralLinear))
+
+
+def layers_of(model: nn.Module, adapter: str) -> Iterator[SpectralLinear]:
+    """The layers of a model that have this adapter."""
+    return (layer for layer in all_layers(model) if adapter in layer.adapters)
+
+
+def begin(layers: list[SpectralLinear], adapter: str) -> None:
+    """Runs the method's start in each layer, behind a progress bar (none where there is no terminal)."""
+    engine = Engine()
+    method = layers[0].adapters[adapter].config.name if layers else ""
+    for layer in tqdm(layers, desc=f"{method}: decomposing", unit="module", leave=False, disable=None):
+        layer.begin(adapter, engine)
+
+
+def settle(model: nn.Module) -> None:
+    """Makes sure that every adapter has values: its file's, or else its method's start."""
+    for layer in all_layers(model):
+        for adapter in layer.adapters:
+            layer.settle(adapter)
+
+
+def withdraw(model: nn.Module, adapter: str) -> None:
+    """Takes an adapter out again; layers that have no other become the base layers they were."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, SpectralLinear)]:
+        if adapter in layer.adapters:
+            layer.forget(adapter)
+        if not layer.adapters:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -1,0 +1,159 @@
+"""Wraps a model's linear layers and gives every adapter its start."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..methods.method import SpectralConfig
+from ..peft_type import PREFIX
+from . import checkpoint
+from .base_weight import unsupported
+from .layer import SpectralLinear
+from .starting import all_layers, begin, layers_of, settle, withdraw
+
+logger = logging.getLogger(__name__)
+
+NOTABLE_ROUNDING = 1e-2  # a merge that loses more of the update than this warns
+
+
+class SpectralModel(BaseTuner):
+    """The tuner of the family: what `get_peft_model(model, KaSAConfig(...))` puts between PeftModel and the model.
+
+    Adapters of different methods may live on one base, and several may be active at once.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_kasa import KaSAConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> model = get_peft_model(model, KaSAConfig(r=2, target_modules=["0", "2"]))
+        >>> model.base_model.model[0]
+        SpectralLinear(default: kasa r=2 s=2, base=Linear(in_features=8, out_features=6, bias=True))
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = SpectralLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wraps the targets and starts the adapter, unless its values are about to come from a file.
+
+        On any error the model is left without the adapter.
+        """
+        settle(model)
+        config: Any = self.peft_config[adapter_name]
+        values_follow = config.from_file or low_cpu_mem_usage or state_dict is not None
+        config.from_file = False  # told once: another adapter with this config starts afresh
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            layers = list(layers_of(model, adapter_name))
+            for layer in layers:
+                layer.adapters[adapter_name].peers = len(layers)
+            if not values_follow and not any(layer.on_meta(adapter_name) for layer in layers):
+                begin(layers, adapter_name)
+        except BaseException:
+            withdraw(model, adapter_name)
+            raise
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: SpectralConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        rank = _pattern(peft_config.rank_pattern, current_key, peft_config.r)
+        scale = peft_config.scale(rank, _pattern(peft_config.alpha_pattern, current_key, peft_config.alpha))
+        layer = target
+        if not isinstance(layer, SpectralLinear):
+            if reason := unsupported(target):
+                raise TypeError(f"{current_key}: {reason}, or leave it out (target_modules, exclude_modules).")
+            layer = SpectralLinear(target, current_key, **get_quantization_kwargs(self))
+        layer.reserve(adapter_name, peft_config, rank, scale)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        settle(model)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            checkpoint.check(model, adapter_name, mapped)
+        except ValueError:
+            if any(layer.adapters[adapter_name].awaiting for layer in layers_of(model, adapter_name)):
+                withdraw(model, adapter_name)
+            raise
+        for layer in layers_of(model, adapter_name):
+            layer.adapters[adapter_name].awaiting = False
+        return mapped
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; warns with what rounding to the base's storage lost, if that is notable."""
+        settle(self.model)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        _report_rounding(list(all_layers(self.model)))
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
+        settle(self.model)
+        layers = list(all_layers(self.model))
+        if not merge:
+            for layer in layers:
+                layer.unmerge()
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        _report_rounding(layers)
+        return model
+
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Any:
+        if adapter_names is not None:
+            raise ValueError(
+                "`adapter_names` (an adapter for each row) is not supported by peft_kasa yet. Call `set_adapter` for "
+                "one adapter at a time, or export them as LoRA."
+            )
+        return nullcontext()
+
+    def __repr__(self) -> str:
+        return f"SpectralModel({self.model!r})"
+
+
+def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    return patterns.get(get_pattern_key(patterns.keys(), name), default)
+
+
+def _report_rounding(layers: list[SpectralLinear]) -> None:
+    worst = max(layers, key=lambda layer: layer.merge_rounding, default=None)
+    if worst is None or not worst.merge_rounding:
+        return
+    text = (
+        f"Merged into {len(layers)} modules. Rounding to the base's storage lost up to {worst.merge_rounding:.1%} of the "
+        f"update ({worst.name})."
+    )
+    if worst.merge_rounding > NOTABLE_ROUNDING:
+        warnings.warn(text + " Keep the adapter, or export_lora it, where that matters.", stacklevel=3)
+    else:
+        logger.info(text)

@@ -1,0 +1,27 @@
+"""MiLoRA: minor singular components (arXiv:2406.09044)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .method import Site, SpectralConfig, Start
+
+
+@dataclass(repr=False)
+class MiLoRAConfig(SpectralConfig):
+    """`left @ right` starts as the r smallest triples of W, which leave the base (arXiv:2406.09044).
+
+    left = U sqrt(S / s), right = sqrt(S / s) V^T over the last r triples. Both learn: r (m + n) parameters a module.
+    Exported as LoRA it has rank 2r. The paper's runs use alpha = r (s = 1, the default here), r = 64 on LLaMA-2-7B.
+
+    Example:
+        >>> from peft_kasa import MiLoRAConfig
+        >>> MiLoRAConfig(r=64, target_modules=["q_proj"])
+        MiLoRAConfig(r=64, target_modules={'q_proj'})
+    """
+
+    name = "milora"
+
+    def start(self, site: Site) -> Start:
+        bottom = site.svd(site.rank, end="bottom").scaled(1 / site.scale)
+        return Start(bottom.balanced(), ("left", "right"), "start")

@@ -1,0 +1,54 @@
+"""A cut of a singular value decomposition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lowrank import LowRank, from_factors
+
+
+class Spectrum(NamedTuple):
+    """k singular triples of an (m, n) matrix, by descending singular value: `u @ diag(s) @ v`.
+
+    Signs are fixed: the entry of largest magnitude in each column of `u` is positive.
+
+    Example:
+        >>> import torch
+        >>> from peft_kasa.spectral import Engine
+        >>> cut = Engine()(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2, end="top")
+        >>> cut.s.tolist()
+        [3.0, 2.0]
+        >>> cut.scaled(0.5).balanced().dense().diagonal().tolist()
+        [1.5, 1.0, 0.0]
+    """
+
+    u: Tensor  # (m, k), orthonormal columns
+    s: Tensor  # (k,), descending
+    v: Tensor  # (k, n), orthonormal rows
+
+    def scaled(self, factor: float) -> Spectrum:
+        """The same triples with every singular value times a number."""
+        return self._replace(s=self.s * factor)
+
+    def split(self) -> LowRank:
+        """The singular values in the core: left = u, core = s, right = v."""
+        return LowRank(self.u, self.s, self.v)
+
+    def balanced(self) -> LowRank:
+        """The square roots of the singular values on both sides: left = u sqrt(s), right = sqrt(s) v."""
+        root = self.s.clamp_min(0).sqrt()
+        return from_factors(self.u * root, root[:, None] * self.v)
+
+    def signed(self) -> Spectrum:
+        """The same triples with canonical signs."""
+        if self.u.numel() == 0:
+            return self
+        pivot = self.u.abs().argmax(dim=0, keepdim=True)
+        sign = torch.where(self.u.gather(0, pivot)[0] < 0, -1.0, 1.0).to(self.u.dtype)
+        return Spectrum(self.u * sign, self.s, self.v * sign[:, None])
+
+    def __repr__(self) -> str:
+        return f"Spectrum({self.u.shape[0]} x {len(self.s)} x {self.v.shape[1]})"

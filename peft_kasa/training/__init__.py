@@ -1,0 +1,1 @@
+"""What happens at an optimiser's step: regularisers and float32 masters."""

@@ -1,0 +1,60 @@
+"""What transformers' Trainer, and so TRL's, is told of the family. No user code is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
+
+from ..adapter.starting import all_layers
+from .regularise import _learning, _regularized, penalty, warn_unheld
+
+
+class SpectralCallback(TrainerCallback):
+    """Restores float32 masters, checks that the optimiser holds them, and logs the regulariser as `penalty`.
+
+    TRL casts everything that learns to bfloat16 on 4- and 8-bit bases, where steps of 1e-5 then round away.
+    """
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        restore_masters(model, args)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        restore_masters(model, args)
+        if model is None or optimizer is None:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
+        unheld = [term for term in terms if not any(id(p) in held for p in _learning(*term))]
+        if unheld:
+            warn_unheld(unheld)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
+        if model is None or not logs or "loss" not in logs or not any(map(_regularized, all_layers(model))):
+            return
+        with torch.no_grad():
+            logs["penalty"] = penalty(model).item()
+        if state.log_history:
+            state.log_history[-1]["penalty"] = logs["penalty"]
+
+
+def restore_masters(model: nn.Module | None, args: Any = None) -> None:
+    """Makes the slots that learn float32 again, as the same parameters. DeepSpeed keeps masters of its own."""
+    if model is None or getattr(args, "deepspeed", None):
+        return
+    for layer in all_layers(model):
+        for adapter in layer.adapters:
+            for parameter in _learning(layer, adapter):
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
+
+
+def install() -> None:
+    """Adds the callback to those that every Trainer starts with, once."""
+    if SpectralCallback not in DEFAULT_CALLBACKS:
+        DEFAULT_CALLBACKS.append(SpectralCallback)

@@ -1,0 +1,155 @@
+"""Regularisers that act in every trainer: their gradient is added where every optimiser steps.
+
+A loss term would not do: TRL's trainers never read `outputs.loss`, and accumulation divides it. The global pre-step hook
+of torch sees each step once, whatever computed the loss, after accumulation, averaging over processes and clipping.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..adapter.layer import SpectralLinear, living
+from ..adapter.starting import all_layers, settle
+
+Term = tuple[SpectralLinear, str]  # a layer and one of its adapters
+
+_claimed: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # layers that some optimiser has regularised
+_suspected: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # trained, and in no optimiser that has stepped yet
+_warned: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()
+
+
+def penalty(model: nn.Module, adapter: str | None = None) -> Tensor:
+    """The regulariser of a model's adapters as it is now: a scalar, differentiable, 0 where there is none.
+
+    It acts by itself at every optimiser step (`regularize=False` in the config switches that off), so it need not be
+    added to a loss. The `adapter`, if given, is counted whether it is active and switched on or not; without it, the
+    active adapters whose regulariser is on are.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_kasa import SORSAConfig, penalty
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), SORSAConfig(r=2, target_modules=["0"]))
+        >>> penalty(model).item() < 1e-4  # SORSA starts orthonormal
+        True
+    """
+    settle(model)
+    if adapter is None:
+        terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
+    else:
+        terms = [(layer, adapter) for layer in all_layers(model) if adapter in layer.adapters]
+        if not terms:
+            raise ValueError(f"`adapter` has to be one of the family's in this model. Found {adapter!r}.")
+    return sum((_term(*term) for term in terms), torch.zeros(()))  # type: ignore[return-value]
+
+
+def install() -> None:
+    """Registers the hook with torch, once."""
+    global _handle
+    if _handle is None:
+        _handle = register_optimizer_step_pre_hook(_before_step)
+
+
+_handle: Any = None
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    terms = _terms(optimizer)
+    if not terms:
+        return None
+    closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+    if closure is None:
+        _add_gradient(terms, optimizer)
+        return None
+    return (args[0], _regularized_closure(closure, terms, optimizer)), {
+        k: v for k, v in kwargs.items() if k != "closure"
+    }
+
+
+def _terms(optimizer: Optimizer) -> list[Term]:
+    """The layers and adapters whose regulariser is on and whose parameters this optimiser steps."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    terms = []
+    for layer in living:
+        for name in _regularized(layer):
+            if any(id(parameter) in held for parameter in _learning(layer, name)):
+                terms.append((layer, name))
+            elif layer.adapters[name].trained:
+                _suspect(layer, name)
+    _claimed.update(layer for layer, _ in terms)
+    return sorted(terms, key=lambda term: (term[0].name, term[1]))
+
+
+def _regularized(layer: SpectralLinear) -> list[str]:
+    active = (name for name in layer.active_adapters if name in layer.adapters)
+    return [name for name in active if layer.adapters[name].config.regularizes and _learning(layer, name)]
+
+
+def _learning(layer: SpectralLinear, adapter: str) -> list[Tensor]:
+    return [value for value in layer.slots(adapter).values() if value.requires_grad]
+
+
+def _term(layer: SpectralLinear, adapter: str) -> Tensor:
+    known = layer.adapters[adapter]
+    count = known.peers if known.config.reduction == "mean" else 1
+    return torch.as_tensor(known.config.penalty(layer.value(adapter))) / count
+
+
+def _add_gradient(terms: list[Term], optimizer: Optimizer) -> Tensor:
+    """Adds the gradient to `.grad`, at the size that the optimiser will take it for; returns the penalty."""
+    scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales by itself: GradScaler sets this
+    total = torch.zeros(())
+    for layer, name in terms:
+        learning = _learning(layer, name)
+        with torch.enable_grad():
+            term = _term(layer, name)
+            gradients = torch.autograd.grad(term, learning, allow_unused=True)
+        total = total + term.detach().to(total)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            if gradient is None:
+                continue
+            gradient = (gradient if scale is None else gradient * scale.to(gradient)).to(parameter.dtype)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return total
+
+
+def _regularized_closure(closure: Callable[[], Any], terms: list[Term], optimizer: Optimizer) -> Callable[[], Any]:
+    """A closure zeroes the gradients itself, so the regulariser's comes after it, at each call."""
+
+    def regularized() -> Any:
+        loss = closure()
+        added = _add_gradient(terms, optimizer)
+        return loss + added.to(loss) if isinstance(loss, Tensor) else loss
+
+    return regularized
+
+
+def _suspect(layer: SpectralLinear, adapter: str) -> None:
+    """Warns at the second step by optimisers that none of which holds a layer that is being trained."""
+    if layer in _claimed or layer in _warned:
+        return
+    if layer not in _suspected:
+        _suspected.add(layer)
+        return
+    if not _warned:
+        warn_unheld([(layer, adapter)])
+    _warned.add(layer)
+
+
+def warn_unheld(terms: Iterable[Term]) -> None:
+    """Warns that the regulariser of these has no optimiser to act through."""
+    layer, name = next(iter(terms))
+    warnings.warn(
+        f"{layer.name}: the parameters of adapter {name!r} are in no optimiser that steps, so its regulariser "
+        f"({layer.adapters[name].config.name}) does not act. Give them to the optimiser, or add "
+        "`peft_kasa.penalty(model)` to the loss yourself and set regularize=False.",
+        stacklevel=2,
+    )
