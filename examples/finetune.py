@@ -3,7 +3,7 @@
 The task: an order written as one loose sentence becomes a small JSON record (orders.py). The script
 
 1. measures the base model on held-out orders (loss, answers right to the letter, right fields),
-2. trains an adapter with TRL's `SFTTrainer` and the method's penalty, and measures again,
+2. trains an adapter with TRL's `SFTTrainer`, nothing but its config being ours, and measures again,
 3. saves the adapter, loads it onto a fresh copy of the base and checks that the logits are equal bit for bit,
 4. writes the same change as a plain LoRA adapter, which PEFT alone loads onto the base.
 
@@ -18,11 +18,13 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names that TRL and PEFT still use
 
 if missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]:
     sys.exit(f"This example needs {' and '.join(missing)}: pip install trl datasets")
@@ -31,7 +33,7 @@ import torch
 from base_model import smollm2
 from datasets import Dataset
 from orders import Order, messages, score, train_and_held_out
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -44,7 +46,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from peft_kasa import KaSAConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig, SVFitConfig, export_lora, penalty
+from peft_kasa import KaSAConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig, SVFitConfig, export_lora
 
 METHODS: dict[str, tuple[type[PeftConfig], float]] = {
     # name: the config of its adapter, a learning rate that suits it
@@ -167,16 +169,6 @@ def load_base(path: str, load_in_4bit: bool) -> PreTrainedModel:
     ).eval()
 
 
-class Trainer(SFTTrainer):
-    """TRL's trainer with the penalty that KaSA and SORSA add to the training loss (0 for the other methods)."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs or not self.model.training:
-            return loss
-        return loss + penalty(self.model)
-
-
 @dataclass
 class Results:
     """What a model makes of the held-out orders."""
@@ -192,8 +184,6 @@ def train(
 ) -> PeftModel:
     """Put an adapter on `base` and train it on `rows`, each once; only the answers count in the loss."""
     make_config, _ = METHODS[args.method]
-    model = get_peft_model(base, make_config(r=args.r))
-    model.print_trainable_parameters()
     settings = SFTConfig(
         output_dir=str(args.output),
         max_steps=args.steps,
@@ -210,15 +200,16 @@ def train(
         bf16=False,  # no autocast: the base computes in the type it was loaded in, the adapter in float32
         gradient_checkpointing=False,  # True saves memory with a large model, and costs time
     )
-    dataset = Dataset.from_list([messages(row) for row in rows])
-    weights = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-    trainer = Trainer(model, settings, train_dataset=dataset, processing_class=tokenizer)
-    # On a quantised base TRL rounds the adapter to bfloat16; put its float32 weights back.
-    for name, weight in model.named_parameters():
-        if name in weights:
-            weight.data = weights[name]
+    trainer = SFTTrainer(
+        model=base,
+        args=settings,
+        peft_config=make_config(r=args.r),
+        train_dataset=Dataset.from_list([messages(row) for row in rows]),
+        processing_class=tokenizer,
+    )
+    trainer.model.print_trainable_parameters()
     trainer.train()
-    return model.eval()
+    return trainer.model.eval()
 
 
 def evaluate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], when: str) -> Results:

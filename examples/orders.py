@@ -18,35 +18,27 @@ from typing import Any
 INSTRUCTION = "Write the order as JSON: name, city, by (MM-DD), items."
 FIELDS = ("name", "city", "by", "items")
 
-PEOPLE = {
-    "train": (
-        "Mary James Linda Robert Susan David Karen Peter Nora Thomas Alice George Emma Victor Julia Martin Helen Oscar "
-        "Grace Simon Clara Henry Diana Felix Laura Arthur Sofia Daniel Irene Walter".split(),
-        "Smith Brown Miller Davis Wilson Moore Taylor Clark Lewis Walker Hall Young King Wright Scott Green Baker Adams "
-        "Nelson Carter Mitchell Roberts Turner Phillips Campbell Parker Evans Edwards Collins Stewart".split(),
-    ),
-    "held-out": (
-        "Ada Bruno Cecilia Dennis Eleanor Frank Gloria Howard Isabel Kevin Louise Monica Nathan Paula Ralph".split(),
-        "Jensen Harris Morgan Cooper Bailey Murphy Rogers Reed Foster Hughes Price Bennett Barnes Fisher Grant".split(),
-    ),
+FIRST_NAMES = {
+    "train": """Mary James Linda Robert Susan David Karen Peter Nora Thomas Alice George Emma Victor Julia Martin Helen
+        Oscar Grace Simon Clara Henry Diana Felix Laura Arthur Sofia Daniel Irene Walter""",
+    "held-out": "Ada Bruno Cecilia Dennis Eleanor Frank Gloria Howard Isabel Kevin Louise Monica Nathan Paula Ralph",
+}
+LAST_NAMES = {
+    "train": """Smith Brown Miller Davis Wilson Moore Taylor Clark Lewis Walker Hall Young King Wright Scott Green Baker
+        Adams Nelson Carter Mitchell Roberts Turner Phillips Campbell Parker Evans Edwards Collins Stewart""",
+    "held-out": "Jensen Harris Morgan Cooper Bailey Murphy Rogers Reed Foster Hughes Price Bennett Barnes Fisher Grant",
 }
 CITIES = {
-    "train": (
-        "London Paris Berlin Madrid Rome Vienna Dublin Boston Chicago Denver Toronto Sydney Prague Warsaw Lisbon Geneva "
-        "Milan Munich Hamburg Seattle Dallas Houston Phoenix Montreal Melbourne Oxford Bristol Leeds Manchester "
-        "Portland".split()
-    ),
-    "held-out": (
-        "Oslo Athens Brussels Helsinki Stockholm Copenhagen Atlanta Miami Vancouver Cambridge Liverpool Edinburgh "
-        "Florence Barcelona Detroit".split()
-    ),
+    "train": """London Paris Berlin Madrid Rome Vienna Dublin Boston Chicago Denver Toronto Sydney Prague Warsaw Lisbon
+        Geneva Milan Munich Hamburg Seattle Dallas Houston Phoenix Montreal Melbourne Oxford Bristol Leeds Manchester
+        Portland""",
+    "held-out": """Oslo Athens Brussels Helsinki Stockholm Copenhagen Atlanta Miami Vancouver Cambridge Liverpool
+        Edinburgh Florence Barcelona Detroit""",
 }
-GOODS = (
-    "kettle lamp chair table clock mirror basket pillow blanket candle towel bottle hammer ladder bucket rope tent "
-    "jacket helmet camera printer keyboard monitor speaker guitar drum piano notebook pencil marker stapler folder "
-    "envelope poster carpet curtain sofa desk drawer cabinet plate bowl spoon fork pan"
-).split()
-MONTHS = "January February March April May June July August September October November December".split()
+GOODS = """kettle lamp chair table clock mirror basket pillow blanket candle towel bottle hammer ladder bucket rope tent
+    jacket helmet camera printer keyboard monitor speaker guitar drum piano notebook pencil marker stapler folder
+    envelope poster carpet curtain sofa desk drawer cabinet plate bowl spoon fork pan"""
+MONTHS = "January February March April May June July August September October November December"
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 12: "a dozen"}
 
 GREETINGS = ["", "", "", "", "Hi! ", "Hello, ", "Hey, "]
@@ -83,8 +75,8 @@ def orders(n: int, seed: int, split: str = "train") -> list[Order]:
 def train_and_held_out(n_train: int, n_held_out: int, seed: int) -> tuple[list[Order], list[Order]]:
     """Orders to train on and orders to test on; no person, no city and no text is in both."""
     train, held_out = orders(n_train, seed, "train"), orders(n_held_out, seed, "held-out")
-    for values in (_words, _cities, lambda rows: {row["text"].lower() for row in rows}):
-        assert not values(train) & values(held_out)
+    for values in (_names, _cities, _texts):
+        assert not values(train) & values(held_out), values.__name__
     return train, held_out
 
 
@@ -115,12 +107,12 @@ def _right_fields(answer: str, order: Order) -> int:
 
 def _order(rng: random.Random, split: str) -> Order:
     """One random order."""
-    first_names, last_names = PEOPLE[split]
-    name, city = f"{rng.choice(first_names)} {rng.choice(last_names)}", rng.choice(CITIES[split])
-    items = {item: _count(rng) for item in rng.sample(GOODS, rng.choice((1, 2, 2)))}
+    name = f"{_word(rng, FIRST_NAMES[split])} {_word(rng, LAST_NAMES[split])}"
+    city = _word(rng, CITIES[split])
+    items = {item: _count(rng) for item in rng.sample(GOODS.split(), rng.choice((1, 2, 2)))}
     month, day = rng.randrange(12), rng.randint(1, 28)
     sentence = rng.choice(WORDINGS).format(
-        items=_in_words(rng, items), name=name, city=city, date=_date(rng, day, MONTHS[month])
+        items=_in_words(rng, items), name=name, city=city, date=_date(rng, day, MONTHS.split()[month])
     )
     greeting = rng.choice(GREETINGS)
     text = greeting + (sentence if greeting.endswith(", ") else sentence[0].upper() + sentence[1:])
@@ -129,6 +121,10 @@ def _order(rng: random.Random, split: str) -> Order:
         text = text.lower()
     record = {"name": name, "city": city, "by": f"{month + 1:02d}-{day:02d}", "items": items}
     return {"text": text, "record": json.dumps(record)}
+
+
+def _word(rng: random.Random, words: str) -> str:
+    return rng.choice(words.split())
 
 
 def _count(rng: random.Random) -> int:
@@ -153,13 +149,17 @@ def _date(rng: random.Random, day: int, month: str) -> str:
     return rng.choice((f"{day} {month}", f"{month} {day}", f"{month} {ordinal}", f"the {ordinal} of {month}"))
 
 
-def _words(rows: Sequence[Order]) -> set[str]:
-    """Every first and last name in the records."""
-    return {word for row in rows for word in json.loads(row["record"])["name"].split()}
+def _names(rows: Sequence[Order]) -> set[str]:
+    """Every first and every last name in the records."""
+    return {name for row in rows for name in json.loads(row["record"])["name"].split()}
 
 
 def _cities(rows: Sequence[Order]) -> set[str]:
     return {json.loads(row["record"])["city"] for row in rows}
+
+
+def _texts(rows: Sequence[Order]) -> set[str]:
+    return {row["text"].lower() for row in rows}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def add_member(enumeration: type[E], name: str) -> E:
     enumeration._value2member_map_[name] = member
     enumeration._member_names_.append(name)
     if hasattr(enumeration, "_hashable_values_"):  # Python 3.13 and later look values up here first
-        enumeration._hashable_values_.append(name)
+        enumeration._hashable_values_.append(name)  # type: ignore[attr-defined]
     type.__setattr__(enumeration, name, member)  # Enum's own __setattr__ refuses
     return member
 

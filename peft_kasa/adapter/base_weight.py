@@ -49,14 +49,14 @@ class BaseWeight:
     def _requantize(self, weight: Tensor, owner: Any) -> Callable[[], None]:
         parameter, scales = self.layer.weight, self._scales
         state = getattr(self.layer, "state", None)  # of 8-bit layers: it takes the quantised weight over
-        kept = None if state is None else (state.CB, state.SCB)
+        taken = (None, None) if state is None else (state.CB, state.SCB)
         self.backend.set_base_weight(owner, weight)  # type: ignore[union-attr]
         self._scales = self._current_scales()
 
         def restore() -> None:
             self.layer.weight, self._scales = parameter, scales
             if state is not None:
-                state.CB, state.SCB = kept
+                state.CB, state.SCB = taken
 
         return restore
 

@@ -43,8 +43,8 @@ def arrived(layer: SpectralLinear, adapter: str) -> bool:
     slots = layer.slots(adapter)
     if empty := [name for name, value in slots.items() if value.is_meta]:
         raise ValueError(
-            f"{layer.name}: {', '.join(empty)} of adapter {adapter!r} hold no values. Load them from its file, or create "
-            "the adapter without low_cpu_mem_usage=True."
+            f"{layer.name}: {', '.join(empty)} of adapter {adapter!r} hold no values. Load them from its file, or "
+            "create the adapter without low_cpu_mem_usage=True."
         )
     missing = [name for name, value in slots.items() if torch.isnan(value).any()]
     if len(missing) == len(slots):
@@ -63,22 +63,23 @@ def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: di
     if missing := [key for key in expected if key not in state]:
         name, slot, _ = expected[missing[0]]
         raise ValueError(
-            f"{name}: the adapter's file lacks {slot} ({len(missing)} tensors missing in all). Its config targets modules "
-            "that were not saved, or the file is damaged: save it again, or load it with its own adapter_config.json."
+            f"{name}: the adapter's file lacks {slot} ({len(missing)} tensors missing in all). Its config targets "
+            "modules that were not saved, or the file is damaged: save it again, or restore its own "
+            "adapter_config.json."
         )
     if extra := [key for key in state if f".{PREFIX}" in key and key not in expected]:
         name, _, slot = extra[0].removeprefix("base_model.model.").rpartition(f".{PREFIX}")
         raise ValueError(
             f"{name}: the adapter's file has {slot.removesuffix('.' + adapter)}, which nothing in this model takes "
-            f"({len(extra)} such tensors). Load it onto the base, and with the adapter_config.json, it was trained with."
+            f"({len(extra)} such tensors). Load it onto the base, and with the adapter_config.json, it came from."
         )
 
 
 def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) -> None:
     if tuple(found.shape) != shape:
         raise ValueError(
-            f"{name}: {slot} has to be of shape {shape}. Found {tuple(found.shape)} in the adapter's file: it was trained "
-            "on another base model or with another r. Load the base that adapter_config.json names."
+            f"{name}: {slot} has to be of shape {shape}. Found {tuple(found.shape)} in the adapter's file: it was "
+            "trained on another base model or with another r. Load the base that adapter_config.json names."
         )
     if not torch.isfinite(found).all():
         raise ValueError(

@@ -52,6 +52,6 @@ def _check_readable(path: str) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged or was cut short ({os.path.getsize(path)} bytes: {error}). Copy it again from its source, "
-            "or use an earlier checkpoint."
+            f"{path} is damaged or was cut short ({os.path.getsize(path)} bytes: {error}). Copy it again from its "
+            "source, or use an earlier checkpoint."
         ) from error

@@ -43,7 +43,8 @@ class LoraExport:
     def __str__(self) -> str:
         worst = max(self.errors, key=self.errors.__getitem__)
         loss = f"error up to {self.errors[worst]:.1e} ({worst})" if self.errors[worst] else "exact"
-        return f"LoRA of rank {self.rank} for {len(self.errors)} modules, {loss}; vLLM: --max-lora-rank {self.max_lora_rank}"
+        served = f"vLLM: --max-lora-rank {self.max_lora_rank}"
+        return f"LoRA of rank {self.rank} for {len(self.errors)} modules, {loss}; {served}"
 
 
 @torch.no_grad()
@@ -75,8 +76,8 @@ def to_lora(
     largest = max(value.rank for value in values.values())
     if largest > LARGEST_RANK and rank is None:
         raise ValueError(
-            f"The exact LoRA has rank {largest} ({max(values, key=lambda n: values[n].rank)}), above {LARGEST_RANK}, which "
-            "no server takes. Pass rank= for the best approximation of that rank, or use merge_and_unload."
+            f"The exact LoRA has rank {largest} ({max(values, key=lambda n: values[n].rank)}), above {LARGEST_RANK}, "
+            "which no server takes. Pass rank= for the best approximation of that rank, or use merge_and_unload."
         )
     ranks = {name: largest if uniform else value.rank for name, value in values.items()}
     tensors = dict(extra)
@@ -135,8 +136,8 @@ def _beyond_slots(model: Any, adapter: str, config: SpectralConfig, uniform: boo
         return {}
     if uniform:
         raise ValueError(
-            f"The adapter also trains {config.modules_to_save or 'token embeddings'}, which servers do not take in a LoRA. "
-            "Pass uniform=False for a LoRA that PEFT loads, or merge_and_unload."
+            f"The adapter also trains {config.modules_to_save or 'token embeddings'}, which servers do not take in a "
+            "LoRA. Pass uniform=False for a LoRA that PEFT loads, or merge_and_unload."
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     return {key: value for key, value in state.items() if f".{PREFIX}" not in key}

@@ -61,10 +61,10 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
         self.adapters: dict[str, Adapter] = {}
         for parameters in self.adapter_layer_names:
             setattr(self, parameters, nn.ParameterDict())
-        self.frozen_peft_weight_names = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters = []
         self._disable_adapters = False
-        self._active_adapter = []
+        self._active_adapter: list[str] = []
         living.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """A `Start` as the tensors that a layer keeps, and those tensors as the factors of its update.
 
 Where the start leaves the base, the layer keeps it frozen (`left0, core0, right0`) and learns zero-initialised
-differences (`left, core, right`). Elsewhere `left, core, right` are the values themselves, and a cut of the spectrum that
-leaves the base is kept as `cut_left, cut_right`.
+differences (`left, core, right`). Elsewhere `left, core, right` are the values themselves, and a cut of the spectrum
+that leaves the base is kept as `cut_left, cut_right`.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def _report_rounding(layers: list[SpectralLinear]) -> None:
     if worst is None or not worst.merge_rounding:
         return
     text = (
-        f"Merged into {len(layers)} modules. Rounding to the base's storage lost up to {worst.merge_rounding:.1%} of the "
-        f"update ({worst.name})."
+        f"Merged into {len(layers)} modules. Rounding to the base's storage lost up to {worst.merge_rounding:.1%} of "
+        f"the update ({worst.name})."
     )
     if worst.merge_rounding > NOTABLE_ROUNDING:
         warnings.warn(text + " Keep the adapter, or export_lora it, where that matters.", stacklevel=3)

@@ -1,7 +1,8 @@
 """The contract between a method of the family and everything that runs it: `Site`, `Start`, `SpectralConfig`.
 
-A method sees one weight at a time (a `Site`) and answers with the low-rank value that it trains and with what leaves the
-base in exchange (a `Start`). Wrapping, quantised bases, saving, merging, export and regularisers are the same for all.
+A method sees one weight at a time (a `Site`) and answers with the low-rank value that it trains and with what leaves
+the base in exchange (a `Start`). Wrapping, quantised bases, saving, merging, export and regularisers are the same for
+all of them.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -19,7 +21,7 @@ class Engine:
     """Computes the top or the bottom k singular triples of a matrix.
 
     The method is the plain one: the Gram matrix of the smaller side and its eigenvectors in float64, then an SVD of the
-    skinny product. It costs O(min(m, n)^2 max(m, n)). The answer's residual `|W^T u - s v| / |W|` is measured; above
+    skinny product, on one thread, so that the same weight gives the same bits on one device. It costs O(min(m, n)^2 max(m, n)). The answer's residual `|W^T u - s v| / |W|` is measured; above
     `tolerance` (where the condition number squared exceeds float64) a full float64 SVD is taken and this is logged.
 
     Args:
@@ -52,14 +54,26 @@ class Engine:
         _check(w, k, end)
         device = torch.device("cpu") if w.device.type == "mps" else w.device  # MPS has no float64
         wide = w.to(device, torch.float64)
-        cut = _by_gram(wide, k, end)
-        if (residual := _residual(wide, cut)) > self.tolerance:
-            logger.info("residual %.1e above %.1e: taking a full float64 SVD instead", residual, self.tolerance)
-            cut = _by_svd(wide, k, end)
+        with _one_thread():
+            cut = _by_gram(wide, k, end)
+            if (residual := _residual(wide, cut)) > self.tolerance:
+                logger.info("residual %.1e above %.1e: taking a full float64 SVD instead", residual, self.tolerance)
+                cut = _by_svd(wide, k, end)
         return Spectrum(*(part.to(w.device, torch.float32) for part in cut.signed()))
 
     def __repr__(self) -> str:
         return f"Engine(tolerance={self.tolerance:g})"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK gives other bits with another thread count, and on shared cores its spinning threads cost it minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check(w: Tensor, k: int, end: str) -> None:

@@ -1,7 +1,8 @@
 """Regularisers that act in every trainer: their gradient is added where every optimiser steps.
 
-A loss term would not do: TRL's trainers never read `outputs.loss`, and accumulation divides it. The global pre-step hook
-of torch sees each step once, whatever computed the loss, after accumulation, averaging over processes and clipping.
+A loss term would not do: TRL's trainers never read `outputs.loss`, and accumulation divides it. The global pre-step
+hook of torch sees each step once, whatever computed the loss, after accumulation, averaging over processes and
+clipping.
 """
 
 from __future__ import annotations
