@@ -21,7 +21,8 @@ class Engine:
     """Computes the top or the bottom k singular triples of a matrix.
 
     The method is the plain one: the Gram matrix of the smaller side and its eigenvectors in float64, then an SVD of the
-    skinny product, on one thread, so that the same weight gives the same bits on one device. It costs O(min(m, n)^2 max(m, n)). The answer's residual `|W^T u - s v| / |W|` is measured; above
+    skinny product, on one thread, so that the same weight gives the same bits on one device. It costs
+    O(min(m, n)^2 max(m, n)). The answer's residual `|W^T u - s v| / |W|` is measured; above
     `tolerance` (where the condition number squared exceeds float64) a full float64 SVD is taken and this is logged.
 
     Args:
