@@ -21,17 +21,17 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: keys that are missing or that nothing takes, another shape, NaN, or another base.
     """
-    layers = {name: module for name, module in model.named_modules() if adapter in getattr(module, "adapters", ())}
+    layers = {path: module for path, module in model.named_modules() if adapter in getattr(module, "adapters", ())}
     expected = {
-        f"{name}.{PREFIX}{slot}.{adapter}": (name, slot, tuple(value.shape))
-        for name, layer in layers.items()
+        f"{path}.{PREFIX}{slot}.{adapter}": (layer.name, slot, tuple(value.shape))
+        for path, layer in layers.items()
         for slot, value in layer.slots(adapter).items()
     }
     _check_keys(expected, state, adapter)
     for key, (name, slot, shape) in expected.items():
         _check_value(name, slot, shape, state[key])
-    drift = {n: _check_base(layer, state[f"{n}.{PREFIX}{FINGERPRINT}.{adapter}"]) for n, layer in layers.items()}
-    _warn_of_drift(drift)
+    saved = {layer: state[f"{path}.{PREFIX}{FINGERPRINT}.{adapter}"] for path, layer in layers.items()}
+    _warn_of_drift({layer.name: _check_base(layer, sketched) for layer, sketched in saved.items()})
 
 
 def arrived(layer: SpectralLinear, adapter: str) -> bool:
@@ -83,7 +83,7 @@ def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) ->
         )
     if not torch.isfinite(found).all():
         raise ValueError(
-            f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use an earlier checkpoint."
+            f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint."
         )
 
 

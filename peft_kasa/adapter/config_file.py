@@ -53,5 +53,5 @@ def _check_readable(path: str) -> None:
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or was cut short ({os.path.getsize(path)} bytes: {error}). Copy it again from its "
-            "source, or use an earlier checkpoint."
+            "source, or use another checkpoint."
         ) from error

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import peft.peft_model
+import safetensors.torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -34,7 +35,7 @@ def _whole(save: Any) -> Any:
         if not any(f".{PREFIX}" in key for key in tensors):
             return save(tensors, filename, *args, **kwargs)
         with replacing(filename) as folder:
-            save(tensors, os.path.join(folder, os.path.basename(filename)), *args, **kwargs)
+            safetensors.torch.save_file(tensors, os.path.join(folder, os.path.basename(filename)), *args, **kwargs)
 
     save_whole.wraps = save  # type: ignore[attr-defined]
     return save_whole

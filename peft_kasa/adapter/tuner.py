@@ -91,6 +91,9 @@ class SpectralModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # a wrapper makes its slots where its base layer is: nothing to move
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
