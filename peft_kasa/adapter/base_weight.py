@@ -61,18 +61,20 @@ class BaseWeight:
         return restore
 
     def _current_scales(self) -> Any:
-        return copy.copy(getattr(getattr(self.layer, "weight", None), "quant_state", None))
+        """The state of a 4-bit weight in its unpacked form, or None. Packing keeps bfloat16 scales, transposed."""
+        state = copy.copy(getattr(getattr(self.layer, "weight", None), "quant_state", None))
+        if _packed(state):
+            state.absmax = state.absmax.T.reshape(-1).float()
+            state.dtype, state.packing_format_for_cpu = state.original_dtype, False
+        return state
 
     def _dequantized_4bit(self, weight: Any) -> Tensor:
         from bitsandbytes import functional as bnb
 
         nibbles, state = weight.data, self._scales
         if _packed(weight.quant_state):
-            nibbles, live = bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(weight.quant_state))
-            state = live if _packed(self._scales) else self._scales
-        elif _packed(self._scales):  # was wrapped while packed, and unpacked since
-            state = weight.quant_state
-        if state.absmax.device != nibbles.device:  # the layer has moved: its live state moved with it, ours did not
+            nibbles, _ = bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(weight.quant_state))
+        if state.absmax.device != nibbles.device:  # the layer has moved, and its live state with it
             state = copy.copy(state)
             state.to(nibbles.device)
         return bnb.dequantize_4bit(nibbles, state)

@@ -82,9 +82,7 @@ def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) ->
             "trained on another base model or with another r. Load the base that adapter_config.json names."
         )
     if not torch.isfinite(found).all():
-        raise ValueError(
-            f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint."
-        )
+        raise ValueError(f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint.")
 
 
 def _check_base(layer: SpectralLinear, saved: Tensor) -> float:

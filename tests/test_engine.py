@@ -1,0 +1,276 @@
+"""The engine against torch's float64 SVD, on plain matrices and on those that break decompositions."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_kasa.spectral import Engine, Spectrum
+
+quick = settings(deadline=None, max_examples=60, derandomize=True)
+SHAPES = [(1, 1), (1, 9), (9, 1), (6, 6), (7, 12), (12, 7), (40, 33)]
+ENDS = ["top", "bottom"]
+each_end = pytest.mark.parametrize("end", ENDS)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+sizes = st.integers(1, 12)
+seeds = st.integers(0, 1000)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def truth(w: Tensor, k: int, end: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same triples by torch's SVD in float64."""
+    u, s, v = torch.linalg.svd(w.double(), full_matrices=False)
+    part = slice(0, k) if end == "top" else slice(len(s) - k, len(s))
+    return u[:, part], s[part], v[part]
+
+
+def check(cut: Spectrum, w: Tensor, k: int) -> None:
+    """What holds of every answer: shapes, float32, finite, orthonormal, descending, canonical signs."""
+    m, n = w.shape
+    assert (cut.u.shape, cut.s.shape, cut.v.shape) == ((m, k), (k,), (k, n))
+    assert all(part.dtype == torch.float32 and torch.isfinite(part).all() for part in cut)
+    u, s, v = (part.double() for part in cut)
+    assert torch.allclose(u.T @ u, torch.eye(k).double(), atol=1e-6)
+    assert torch.allclose(v @ v.T, torch.eye(k).double(), atol=1e-6)
+    assert (s.diff() <= 0).all()
+    assert (s >= 0).all()
+    assert (u.amax(0) >= u.abs().amax(0) * (1 - 1e-6)).all() if k else True  # ties in float32 apart
+
+
+def check_exact(cut: Spectrum, w: Tensor, k: int, end: str) -> None:
+    """The singular values, and the part of the matrix that the triples make, are torch's."""
+    check(cut, w, k)
+    u, s, v = truth(w, k, end)
+    norm = w.double().norm()
+    assert torch.allclose(cut.s.double(), s, rtol=1e-6, atol=1e-7 * norm.item())
+    assert ((cut.u * cut.s).double() @ cut.v.double() - (u * s) @ v).norm() <= 1e-6 * norm
+
+
+# Accuracy -------------------------------------------------------------------------------------------------------
+
+
+@each_end
+@each_shape
+def test_every_rank_is_torchs(shape: tuple[int, int], end: Any) -> None:
+    w = normal(*shape)
+    for k in range(min(shape) + 1):
+        check_exact(Engine()(w, k, end), w, k, end)
+
+
+@quick
+@given(sizes, sizes, st.floats(0, 1), st.sampled_from(ENDS), seeds)
+def test_every_shape_is_torchs(m: int, n: int, share: float, end: Any, seed: int) -> None:
+    w = normal(m, n, seed=seed)
+    k = round(share * min(m, n))
+    check_exact(Engine()(w, k, end), w, k, end)
+
+
+@each_end
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_float_is_decomposed_as_it_is_stored(dtype: torch.dtype, end: Any) -> None:
+    w = normal(11, 8, dtype=dtype)
+    check_exact(Engine()(w, 3, end), w, 3, end)
+
+
+@each_end
+def test_views_and_parameters_are_decomposed_as_their_values(end: Any) -> None:
+    w = torch.nn.Parameter(normal(8, 11))
+    cut = Engine()(w.T, 3, end)
+    check_exact(cut, w.detach().T, 3, end)
+    assert not cut.u.requires_grad
+
+
+def test_the_two_ends_make_the_whole() -> None:
+    w = normal(9, 14)
+    whole = sum((Engine()(w, k, end).split().dense() for k, end in ((4, "top"), (5, "bottom"))), torch.zeros(9, 14))
+    assert torch.allclose(whole, w, atol=1e-5)
+
+
+def test_top_is_the_default() -> None:
+    assert torch.equal(Engine()(normal(5, 4), 2).s, Engine()(normal(5, 4), 2, end="top").s)
+
+
+def test_the_weight_is_not_written() -> None:
+    w = normal(6, 5)
+    Engine()(w, 3, "bottom")
+    assert torch.equal(w, normal(6, 5))
+
+
+# Degenerate -----------------------------------------------------------------------------------------------------
+
+DEGENERATE = {
+    "zeros": torch.zeros(7, 5),
+    "wide zeros": torch.zeros(4, 6),
+    "identity": torch.eye(6),
+    "orthogonal": torch.linalg.qr(normal(6, 6)).Q,
+    "duplicate rows": normal(3, 5).repeat(3, 1),
+    "duplicate columns": normal(5, 3).repeat(1, 3),
+    "zero rows": torch.cat([normal(4, 5), torch.zeros(3, 5)]),
+    "zero columns": torch.cat([normal(5, 4), torch.zeros(5, 3)], 1),
+    "one entry": torch.zeros(5, 6).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(-4.0)),
+    "constant": torch.full((5, 8), 3.0),
+    "rank deficient": normal(9, 2) @ normal(2, 8, seed=1),
+    "repeated values": torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0, 1.0])),
+    "tiny": normal(6, 5) * 1e-20,
+    "huge": normal(6, 5) * 1e20,
+    "a tiny row": normal(6, 5) * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-30])[:, None],
+    "row": normal(1, 9),
+    "column": normal(9, 1),
+    "zero row": torch.zeros(1, 9),
+    "zero column": torch.zeros(9, 1),
+    "a number": torch.tensor([[-2.0]]),
+}
+
+
+@each_end
+@pytest.mark.parametrize("w", DEGENERATE.values(), ids=DEGENERATE)
+def test_degenerate_weights_give_orthonormal_finite_factors(w: Tensor, end: Any) -> None:
+    """With singular values that are torch's; triples of equal ones are not unique, but are triples."""
+    for k in range(min(w.shape) + 1):
+        cut = Engine()(w, k, end)
+        check(cut, w, k)
+        norm = w.double().norm()
+        assert torch.allclose(cut.s.double(), truth(w, k, end)[1], rtol=1e-6, atol=1e-7 * norm.item())
+        u, s, v = (part.double() for part in cut)
+        assert (w.double() @ v.T - u * s).norm() <= 1e-6 * norm
+        assert (w.double().T @ u - v.T * s).norm() <= 1e-6 * norm
+
+
+# Determinism ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def same_bits(a: Spectrum, b: Spectrum) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@each_end
+def test_repeated_calls_give_the_same_bits(end: Any) -> None:
+    w = normal(120, 90)
+    assert same_bits(Engine()(w, 8, end), Engine()(w.clone(), 8, end))
+
+
+@each_end
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=str)
+def test_thread_counts_do_not_change_the_bits(shape: tuple[int, int], end: Any) -> None:
+    """Nor does the call change the count."""
+    w, cuts = normal(*shape), []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        cuts.append(Engine()(w, 8, end))
+        assert torch.get_num_threads() == count
+    assert all(same_bits(cut, cuts[0]) for cut in cuts)
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_error_does_not_change_the_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="did not converge"):
+        Engine()(normal(5, 4), 2)
+    assert torch.get_num_threads() == 2
+
+
+@each_end
+def test_transposing_swaps_the_sides(end: Any) -> None:
+    cut, turned = Engine()(normal(9, 6), 3, end), Engine()(normal(9, 6).T, 3, end)
+    assert torch.allclose(cut.split().dense(), turned.split().dense().T, atol=1e-6)
+
+
+# Falling back ---------------------------------------------------------------------------------------------------
+
+
+def conditioned(m: int, n: int, kappa: float) -> Tensor:
+    """A float64 matrix whose singular values fall evenly, on a logarithmic scale, from 1 to 1 / kappa."""
+    k = min(m, n)
+    u, v = (
+        torch.linalg.qr(normal(m, k, dtype=torch.float64)).Q,
+        torch.linalg.qr(normal(n, k, seed=1, dtype=torch.float64)).Q,
+    )
+    return u * kappa ** -torch.linspace(0, 1, k, dtype=torch.float64) @ v.T
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)], ids=str)
+def test_an_ill_conditioned_weight_takes_the_full_svd_says_so_and_is_accurate(
+    shape: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """At kappa = 1e12 the Gram matrix holds 1e-24 beside 1: float64 does not."""
+    w = conditioned(*shape, 1e12)
+    with caplog.at_level(logging.INFO, logger="peft_kasa"):
+        cut = Engine()(w, 4, "bottom")
+    (record,) = caplog.records
+    assert "taking a full float64 SVD instead" in record.getMessage()
+    check(cut, w, 4)
+    u, s, v = truth(w, 4, "bottom")
+    assert torch.allclose(cut.s.double(), s, rtol=1e-3)
+    assert ((u * cut.u).sum(0).abs() > 1 - 1e-6).all()
+    assert ((v * cut.v).sum(1).abs() > 1 - 1e-6).all()
+
+
+def test_without_the_fallback_it_would_not_be_accurate() -> None:
+    """So that the test above means something."""
+    w = conditioned(30, 20, 1e12)
+    cut = Engine(tolerance=1.0)(w, 4, "bottom")
+    u, _, _ = truth(w, 4, "bottom")
+    assert ((u * cut.u).sum(0).abs() < 1 - 1e-3).any()
+
+
+@each_end
+def test_a_plain_weight_takes_the_fast_way(end: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="peft_kasa"):
+        Engine()(normal(40, 30), 5, end)
+    assert not caplog.records
+
+
+def test_the_tolerance_decides(caplog: pytest.LogCaptureFixture) -> None:
+    w = normal(40, 30)
+    with caplog.at_level(logging.INFO, logger="peft_kasa"):
+        cut = Engine(tolerance=0.0)(w, 5, "bottom")
+    assert len(caplog.records) == 1
+    check_exact(cut, w, 5, "bottom")
+    assert repr(Engine(tolerance=1e-6)) == "Engine(tolerance=1e-06)"
+
+
+# Errors ---------------------------------------------------------------------------------------------------------
+
+W = normal(5, 4)
+REFUSED = {
+    "NaN": ((W.clone().index_fill_(0, torch.tensor(1), torch.nan), 2, "top"), "has to be finite. Found 4 NaN"),
+    "infinite": ((W.clone().fill_(torch.inf), 2, "top"), "has to be finite. Found 20 NaN or infinite entries"),
+    "meta": ((W.to("meta"), 2, "top"), "on the meta device: load the weight first"),
+    "rank too large": ((W, 5, "top"), "0 <= k <= min(5, 4) = 4. Found 5"),
+    "negative rank": ((W, -1, "top"), "0 <= k <= min(5, 4) = 4. Found -1"),
+    "whole numbers": ((W.long(), 2, "top"), "floating point. Found torch.int64 of shape (5, 4)"),
+    "complex": ((W.to(torch.complex64), 2, "top"), "floating point. Found torch.complex64 of shape (5, 4)"),
+    "one dimension": ((W[0], 2, "top"), "has to be a matrix of floating point. Found torch.float32 of shape (4,)"),
+    "three dimensions": ((W[None], 2, "top"), "has to be a matrix of floating point"),
+    "another end": ((W, 2, "middle"), "`end` has to be 'top' or 'bottom'. Found 'middle'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_errors_give_the_rule_and_what_was_found(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Engine()(*arguments)

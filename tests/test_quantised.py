@@ -1,0 +1,74 @@
+"""What quantised storage needs besides the properties of test_family.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bases import load, logits
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
+
+from peft_kasa import KaSAConfig
+from peft_kasa.adapter.base_weight import BaseWeight
+
+bnb = pytest.importorskip("bitsandbytes")
+
+
+def layer_4bit(double: bool, rows: int = 96, columns: int = 128) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", compress_statistics=double)
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(rows, columns), requires_grad=False, quant_type="nf4", compress_statistics=double
+    )
+    return layer.to("cpu")
+
+
+def repack(layer: torch.nn.Module) -> None:
+    """What bitsandbytes does at the first evaluation on a CPU with AVX512-BF16, here on any CPU."""
+    packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = packed, state
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_repacked_weight_reads_as_before_on_any_cpu(double: bool) -> None:
+    layer = layer_4bit(double)
+    base = BaseWeight(layer)
+    before = base.matrix()
+    repack(layer)
+    assert layer.weight.quant_state.packing_format_for_cpu
+    assert torch.equal(base.matrix(), before)
+    assert torch.equal(base.matrix(), before)
+    layer.state_dict()  # unpacks in place
+    assert torch.equal(base.matrix(), before)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_weight_wrapped_when_already_repacked_reads_to_the_rounding_of_its_scales(double: bool) -> None:
+    layer = layer_4bit(double)
+    before = BaseWeight(layer).matrix()
+    repack(layer)
+    base = BaseWeight(layer)
+    assert 0 < (base.matrix() - before).norm() < 4e-3 * before.norm()
+    packed = base.matrix()
+    layer.state_dict()
+    assert torch.equal(base.matrix(), packed)
+
+
+def test_reading_leaves_a_repacked_layer_running(tiny: str) -> None:
+    model = load(tiny, "nf4")
+    expected = logits(model)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            BaseWeight(module).matrix()
+    assert torch.equal(logits(model), expected)
+
+
+def test_peft_kasa_on_four_bits_is_plain_lora_and_ours_is_not(tiny: str) -> None:
+    """The case for this package: PEFT's variant neither cuts the weight nor has a core, and does not say so."""
+    base = logits(load(tiny, "nf4"))
+    theirs = get_peft_model(load(tiny, "nf4"), LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig()))
+    assert torch.equal(logits(theirs), base)
+    assert not [name for name, _ in theirs.named_parameters() if "lora_diag" in name]
+    ours = get_peft_model(load(tiny, "nf4"), KaSAConfig(r=4, target_modules=["q_proj"]))
+    assert not torch.equal(logits(ours), base)
+    assert [name for name, value in ours.named_parameters() if "peft_kasa_core." in name and value.requires_grad]
