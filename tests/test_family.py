@@ -155,9 +155,7 @@ def test_members_of_different_methods_share_a_base(member: Member, kind: str, ti
 
 
 def test_active_cuts_leave_the_base_once(tiny: str) -> None:
-    from members import MEMBERS as rows
-
-    kasa = next(member for member in rows if not member.identity)
+    kasa = next(member for member in MEMBERS if not member.identity)
     wide = get_peft_model(load(tiny), kasa.config(r=2, truncation=6))
     once = logits(wide)  # left is zero at the start: only the cut acts
     wide.add_adapter("narrow", kasa.config(r=2, truncation=3))

@@ -180,7 +180,7 @@ def test_peft_converts_it_to_lora(member: Member, tiny: str) -> None:
 
 def test_mixed_batches_are_refused_rather_than_ignored(tiny: str) -> None:
     model = get_peft_model(load(tiny), PiSSAConfig(r=2, target_modules=["q_proj"])).eval()
-    with pytest.raises(ValueError, match="`adapter_names`.*not supported.*set_adapter"):
+    with pytest.raises(ValueError, match=r"`adapter_names`.*not supported.*set_adapter"):
         model(input_ids=torch.arange(4)[None], adapter_names=["default"])
 
 

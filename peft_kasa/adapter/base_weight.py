@@ -62,7 +62,7 @@ class BaseWeight:
 
     def _current_scales(self) -> Any:
         """The state of a 4-bit weight in its unpacked form, or None. Packing keeps bfloat16 scales, transposed."""
-        state = copy.copy(getattr(getattr(self.layer, "weight", None), "quant_state", None))
+        state: Any = copy.copy(getattr(getattr(self.layer, "weight", None), "quant_state", None))
         if _packed(state):
             state.absmax = state.absmax.T.reshape(-1).float()
             state.dtype, state.packing_format_for_cpu = state.original_dtype, False

@@ -1,0 +1,176 @@
+"""How much of a regulariser's gradient reaches the parameters: effective / intended, for one optimiser step.
+
+The same step is taken twice from the same state, with the regulariser on and off, by plain SGD at lr = 1. What the
+parameters differ by is the effective gradient; the intended one is autograd's of `penalty(model)` at that state.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from peft_kasa import penalty
+
+Step = Callable[[nn.Module], None]
+
+
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def switch(model: Any, on: bool) -> None:
+    """Switches the regulariser of the model's adapters."""
+    for config in model.peft_config.values():
+        config.regularize = on
+
+
+def effect(model: Any, step: Step) -> tuple[float, float]:
+    """(effective / intended, relative size of what is off that direction) of one step."""
+    switch(model, True)
+    gradients = torch.autograd.grad(penalty(model), learning(model), materialize_grads=True)
+    intended = torch.cat([gradient.flatten() for gradient in gradients])
+    after = []
+    for on in (True, False):
+        twin = copy.deepcopy(model)
+        switch(twin, on)
+        step(twin)
+        after.append(torch.cat([parameter.detach().flatten() for parameter in learning(twin)]))
+    effective = after[1] - after[0]
+    ratio = (effective @ intended / (intended @ intended)).item()
+    return ratio, ((effective - ratio * intended).norm() / intended.norm()).item()
+
+
+def sgd(model: nn.Module, **given: Any) -> torch.optim.SGD:
+    """Plain SGD at lr = 1."""
+    return torch.optim.SGD(learning(model), lr=1.0, **given)
+
+
+def backward(model: nn.Module, batches: list[torch.Tensor], scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """One backward pass a batch, of the batches' mean loss."""
+    for ids in batches:
+        scale(model(input_ids=ids, labels=ids).loss / len(batches)).backward()
+
+
+def loop(batches: list[torch.Tensor], autocast: torch.dtype | None = None) -> Step:
+    """A training loop written by hand, with gradient accumulation over the batches."""
+
+    def step(model: nn.Module) -> None:
+        optimizer = sgd(model)
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            backward(model.train(), batches, lambda loss: loss)
+        optimizer.step()
+
+    return step
+
+
+def scaled(batches: list[torch.Tensor], fused: bool, unscale: bool = False) -> Step:
+    """fp16 style: a GradScaler, with an optimiser that unscales by itself if `fused`."""
+
+    def step(model: nn.Module) -> None:
+        optimizer, scaler = sgd(model, fused=fused), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        with torch.autocast("cpu", torch.float16):
+            backward(model.train(), batches, scaler.scale)
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def closure(batches: list[torch.Tensor], keyword: bool = False) -> Step:
+    """A closure that zeroes the gradients itself."""
+
+    def step(model: nn.Module) -> None:
+        optimizer = sgd(model.train())
+
+        def evaluate() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = sum(model(input_ids=ids, labels=ids).loss for ids in batches) / len(batches)
+            loss.backward()
+            return loss
+
+        if keyword:
+            optimizer.step(closure=evaluate)
+        else:
+            optimizer.step(evaluate)
+
+    return step
+
+
+def accelerated(batches: list[torch.Tensor]) -> Step:
+    """Accelerate's wrapped optimiser."""
+
+    def step(model: nn.Module) -> None:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(batches))
+        model, optimizer = accelerator.prepare(model.train(), sgd(model))
+        for ids in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return step
+
+
+def trainer(trainer_class: Any, arguments_class: Any, dataset: Any, accumulate: int, **given: Any) -> Step:
+    """One step of transformers' Trainer, or of one of TRL's."""
+
+    def step(model: nn.Module) -> None:
+        optimizer = sgd(model)
+        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = arguments_class(
+                output_dir=folder,
+                max_steps=1,
+                gradient_accumulation_steps=accumulate,
+                per_device_train_batch_size=2,
+                max_grad_norm=0,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                data_seed=0,
+                seed=0,
+                **given,
+            )
+            trainer_class(model=model, args=arguments, train_dataset=dataset, optimizers=(optimizer, constant)).train()
+
+    return step
+
+
+def ddp(make: Callable[[], Any], batches: list[torch.Tensor], processes: int = 2) -> tuple[float, float]:
+    """`effect` under DistributedDataParallel; `make` builds the model in each process. The worst of the ranks."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        mp.spawn(_rank, (processes, port, make, batches, folder), processes)
+        found = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(processes)]
+    return max(found, key=lambda pair: abs(pair[0] - 1))
+
+
+def _rank(rank: int, processes: int, port: int, make: Callable[[], Any], batches: list[torch.Tensor], out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+
+    def step(model: nn.Module) -> None:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = sgd(model)
+        backward(wrapped.train(), batches[rank::processes], lambda loss: loss)
+        optimizer.step()
+
+    torch.save(effect(make(), step), os.path.join(out, f"{rank}.pt"))
+    dist.destroy_process_group()

@@ -1,0 +1,200 @@
+"""Regularisers act once per optimiser step and at their right size, whatever trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import effect
+import pytest
+import torch
+from bases import learning, load, move, steps, tokens
+from datasets import Dataset
+from effect import Step
+from members import REGULARIZED, Member
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from peft_kasa import penalty
+from peft_kasa.training import regularise
+
+each_regularized = pytest.mark.parametrize("member", REGULARIZED, ids=str)
+
+STRONG: dict[str, Any] = {"kasa": {"beta": 1.0, "gamma": 1.0, "form": "paper"}, "sorsa": {"gamma": 1.0}}
+
+
+def model_of(name: str, folder: str, kind: str = "fp32") -> PeftModel:
+    """A member with a strong regulariser, away from its start."""
+    member = next(row for row in REGULARIZED if row.name == name)
+    model = get_peft_model(load(folder, kind), member.config(**STRONG[name]))
+    move(model, 0.02)
+    return model
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    return [tokens(seed=seed) for seed in range(count)]
+
+
+DATA = Dataset.from_dict({"input_ids": tokens(8).tolist(), "labels": tokens(8).tolist()})
+
+WAYS: dict[str, Step] = {
+    "loop": effect.loop(batches(1)),
+    "loop, 4 accumulated": effect.loop(batches(4)),
+    "bf16 autocast": effect.loop(batches(2), torch.bfloat16),
+    "fp16, scaler": effect.scaled(batches(2), fused=False),
+    "fp16, scaler, fused": effect.scaled(batches(2), fused=True),
+    "fp16, scaler, fused, unscaled before": effect.scaled(batches(2), fused=True, unscale=True),
+    "closure": effect.closure(batches(2)),
+    "closure by keyword": effect.closure(batches(2), keyword=True),
+    "accelerate, 4 accumulated": effect.accelerated(batches(4)),
+    "Trainer": effect.trainer(Trainer, TrainingArguments, DATA, 1),
+    "Trainer, 4 accumulated": effect.trainer(Trainer, TrainingArguments, DATA, 4),
+    "Trainer, bf16": effect.trainer(Trainer, TrainingArguments, DATA, 1, bf16=True),
+}
+
+
+def sft(accumulate: int, **given: Any) -> Step:
+    """SFTTrainer on tokenised rows."""
+
+    class Plain(SFTTrainer):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments, processing_class=_tokenizer())
+
+    return effect.trainer(Plain, partial(SFTConfig, **given), DATA.remove_columns("labels"), accumulate)
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(64)} | {"<eos>": 63}, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
+WAYS |= {
+    "SFTTrainer": sft(1),
+    "SFTTrainer, 4 accumulated": sft(4),
+    "SFTTrainer, bf16": sft(2, bf16=True),
+}
+
+
+@each_regularized
+@pytest.mark.parametrize("way", WAYS)
+def test_effective_over_intended_is_one(member: Member, way: str, tiny: str) -> None:
+    ratio, off = effect.effect(model_of(member.name, tiny), WAYS[way])
+    assert ratio == pytest.approx(1, abs=0.005)
+    assert off < 0.02  # rounding of the two runs
+
+
+@each_regularized
+def test_effective_over_intended_is_one_on_four_bits(member: Member, tiny: str) -> None:
+    ratio, _ = effect.effect(model_of(member.name, tiny, "nf4"), WAYS["loop"])
+    assert ratio == pytest.approx(1, abs=0.005)
+
+
+@each_regularized
+def test_effective_over_intended_is_one_in_two_processes(member: Member, tiny: str) -> None:
+    ratio, off = effect.ddp(partial(model_of, member.name, tiny), batches(2))
+    assert ratio == pytest.approx(1, abs=0.005)
+    assert off < 0.02
+
+
+@each_regularized
+def test_lbfgs_minimises_the_loss_and_the_penalty(member: Member, tiny: str) -> None:
+    model = model_of(member.name, tiny)
+    optimizer = torch.optim.LBFGS(learning(model), lr=1, max_iter=20, line_search_fn="strong_wolfe")
+
+    def evaluate() -> torch.Tensor:
+        optimizer.zero_grad()
+        return sum((parameter * 0).sum() for parameter in learning(model))  # type: ignore[return-value]
+
+    before = penalty(model).item()
+    optimizer.step(evaluate)
+    assert penalty(model).item() < 0.7 * before
+
+
+@each_regularized
+def test_reductions_differ_by_the_number_of_modules(member: Member, tiny: str) -> None:
+    mean, total = (
+        penalty(get_peft_model(load(tiny), member.config(reduction=reduction))).item() for reduction in ("mean", "sum")
+    )
+    assert total == pytest.approx(14 * mean, rel=1e-4)
+
+
+@each_regularized
+def test_switched_off_it_does_nothing(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny), member.config(**STRONG[member.name], regularize=False))
+    assert penalty(model).item() == 0
+    assert penalty(model, "default").item() > 0
+    before = [parameter.detach().clone() for parameter in learning(model)]
+    effect.sgd(model).step()
+    assert all(torch.equal(a, b) for a, b in zip(before, learning(model), strict=True))
+
+
+@each_regularized
+def test_only_active_adapters_count(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny), member.config(**STRONG[member.name]))
+    one = penalty(model).item()
+    model.add_adapter("other", member.config(**STRONG[member.name], seed=3))
+    assert penalty(model).item() == pytest.approx(one)
+    model.base_model.set_adapter(["default", "other"])
+    assert penalty(model).item() > 1.5 * one
+    with pytest.raises(ValueError, match="Found 'none such'"):
+        penalty(model, "none such")
+
+
+@pytest.fixture
+def _forgotten() -> Iterator[None]:
+    for seen in (regularise._claimed, regularise._suspected, regularise._warned):
+        seen.clear()
+    yield
+
+
+@pytest.mark.usefixtures("_forgotten")
+@each_regularized
+def test_warns_when_no_optimiser_holds_its_parameters(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny), member.config())
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.step()
+        other.step()  # nothing of the family is being trained yet
+    model.train()(input_ids=tokens())
+    other.step()
+    with pytest.warns(UserWarning, match=r"layers.*'default' are in no optimiser.*penalty\(model\)"):
+        other.step()
+
+
+@pytest.mark.usefixtures("_forgotten")
+@each_regularized
+def test_two_optimisers_in_turn_are_no_cause_for_a_warning(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny), member.config())
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        steps(model, 1)
+        other.step()
+        steps(model, 1)
+        other.step()
+
+
+@pytest.mark.usefixtures("_forgotten")
+@each_regularized
+def test_the_trainer_warns_and_logs(member: Member, tiny: str, tmp_path: Any) -> None:
+    model = get_peft_model(load(tiny), member.config(**STRONG[member.name]))
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True)
+    trained = Trainer(model, arguments, train_dataset=DATA)
+    before = penalty(model).item()
+    trained.train()
+    logged = [entry["penalty"] for entry in trained.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all(abs(value - before) < 0.2 * before + 1e-3 for value in logged)
+    foreign = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(foreign, lambda _: 1.0)
+    with pytest.warns(UserWarning, match="are in no optimiser that steps"):
+        Trainer(model, arguments, train_dataset=DATA, optimizers=(foreign, schedule)).train()
