@@ -68,10 +68,11 @@ def sft(accumulate: int, **given: Any) -> Step:
 
 
 def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(64)} | {"<eos>": 63}, unk_token="<eos>"))
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(63)} | {"<eos>": 63}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
 
 

@@ -1,0 +1,132 @@
+"""Inside TRL's and transformers' trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bases import load, logits, move
+from datasets import Dataset
+from members import MEMBERS, Member
+from peft import PeftModel, get_peft_model
+from test_regularisers import _tokenizer
+from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from peft_kasa import SpectralLinear
+from peft_kasa.training import callback
+
+each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
+
+IDS = [[(7 * row + column) % 60 for column in range(8)] for row in range(16)]
+
+
+def sft(model: Any, folder: Path, config: Any = None, **given: Any) -> SFTTrainer:
+    given = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1, "bf16": False} | given
+    arguments = SFTConfig(
+        output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, per_device_train_batch_size=2, **given
+    )
+    rows = Dataset.from_dict({"input_ids": IDS})
+    return SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer(), peft_config=config)
+
+
+@each_member
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "int8"])
+def test_sft_trains_saves_and_reloads(member: Member, kind: str, tiny: str, tmp_path: Path) -> None:
+    trainer = sft(load(tiny, kind), tmp_path, member.config(dropout=0.1))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    again = PeftModel.from_pretrained(load(tiny, kind), str(tmp_path / "out"))
+    assert torch.equal(logits(again), logits(trainer.model))
+    assert not torch.equal(logits(again), logits(load(tiny, kind)))
+
+
+def travelled(trainer: SFTTrainer) -> float:
+    """How far 1,000 steps of the trainer's own AdamW at lr 2e-5 go under a steady gradient, over what fp32 covers."""
+    layers = [module for module in trainer.model.modules() if isinstance(module, SpectralLinear)]
+    parameters = [value for layer in layers for value in layer.slots("default").values() if value.requires_grad]
+    trainer.create_optimizer()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert {id(parameter) for parameter in parameters} <= held
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.empty(p.shape).normal_(generator=generator) for p in parameters]
+    start = [parameter.detach().clone().float() for parameter in parameters]
+    exact = [value.clone().requires_grad_() for value in start]
+    reference = torch.optim.AdamW(exact, lr=2e-5, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group.update(lr=2e-5, weight_decay=0.0)
+    for _ in range(1000):
+        for parameter, twin, gradient in zip(parameters, exact, gradients, strict=True):
+            parameter.grad, twin.grad = gradient.to(parameter.dtype), gradient.clone()
+        optimizer.step()
+        reference.step()
+    moved, should = (
+        sum((value.detach().float() - begun).square().sum() for value, begun in zip(values, start, strict=True)).sqrt()
+        for values in (parameters, exact)
+    )
+    return (moved / should).item()
+
+
+@each_member
+def test_masters_stay_float32_through_trls_cast(
+    member: Member, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> SFTTrainer:
+        config = member.config(target_modules=["q_proj"], regularize=False)
+        model = get_peft_model(load(tiny, "nf4"), config)
+        move(model, 0.3)  # as after some training: away from zero, where bfloat16 is fine by itself
+        return sft(model, tmp_path)
+
+    trainer = build()
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert travelled(trainer) == pytest.approx(1, abs=0.1)
+    monkeypatch.setattr(callback, "restore_masters", lambda *_: None)
+    assert travelled(build()) < 0.7  # without it, bfloat16 masters stall
+
+
+@each_member
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(member: Member, tiny: str, tmp_path: Path) -> None:
+    for kind in ("fp32", "nf4"):
+        folder = tmp_path / kind
+        given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        whole = sft(load(tiny, kind), folder, member.config(), **given)
+        whole.train()
+        again = sft(load(tiny, kind), folder, member.config(), **given)
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in (whole, again)]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 4
+        assert torch.equal(logits(whole.model), logits(again.model))
+
+
+@each_member
+def test_dpo_starts_with_an_exact_reference(member: Member, tiny: str, tmp_path: Path) -> None:
+    """A ready PeftModel gets a "ref" adapter copied from it: at step 0 policy and reference agree, so loss is log 2."""
+    model = get_peft_model(load(tiny), member.config())
+    move(model)
+    model.save_pretrained(str(tmp_path / "sft"))
+    model = PeftModel.from_pretrained(load(tiny), str(tmp_path / "sft"), is_trainable=True)
+    rows = Dataset.from_list([{"prompt": "1 2", "chosen": " 3 4", "rejected": " 9 8"}] * 4)
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), max_steps=6, report_to="none", use_cpu=True, logging_steps=1, learning_rate=1e-2, bf16=False,
+        save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
+    )  # fmt: skip
+    trainer = DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=_tokenizer())
+    before = logits(model)
+    trainer.train()
+    assert "ref" in model.peft_config
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    assert losses[-1] < losses[0]
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_trainer_without_the_family_is_left_alone(tiny: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True)
+    trainer = Trainer(load(tiny), arguments, train_dataset=Dataset.from_dict({"input_ids": IDS, "labels": IDS}))
+    trainer.train()
+    assert all("penalty" not in entry for entry in trainer.state.log_history)
