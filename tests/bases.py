@@ -16,9 +16,12 @@ QUANTIZED = {
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     ),
+    "nf4 single": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    ),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }
-BASES = [*FLOATS, *QUANTIZED]
+BASES = [*FLOATS, "nf4", "int8"]
 
 
 def make(folder: str) -> None:

@@ -124,8 +124,8 @@ def test_a_ref_copy_is_exact(member: Member, tiny: str, tmp_path: Path) -> None:
     policy = logits(model)
     model.add_adapter("ref", model.peft_config["default"])
     for name, parameter in model.named_parameters():
-        if ".default" in name:
-            model.get_parameter(name.replace(".default", ".ref")).data.copy_(parameter.data)
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
     model.set_adapter("ref")
     assert torch.equal(logits(model), policy)
     model.set_adapter("default")
@@ -185,7 +185,7 @@ def test_a_missing_tensor_is_refused(member: Member, tiny: str, tmp_path: Path) 
     _, folder = saved(member, tiny, tmp_path)
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors[next(key for key in tensors if "layers.1.self_attn.q_proj.peft_kasa_core" in key)]
+        del tensors[next(key for key in tensors if "layers.1.self_attn.q_proj." in key and ".core" in key)]
 
     change(folder, drop)
     refused(tiny, folder, r"layers\.1\.self_attn\.q_proj", "lacks core", "save it again")
@@ -194,7 +194,7 @@ def test_a_missing_tensor_is_refused(member: Member, tiny: str, tmp_path: Path) 
 @each_member
 def test_an_extra_tensor_is_refused(member: Member, tiny: str, tmp_path: Path) -> None:
     _, folder = saved(member, tiny, tmp_path)
-    key = "base_model.model.model.layers.7.self_attn.q_proj.peft_kasa_left"
+    key = "base_model.model.model.layers.7.self_attn.q_proj.peft_kasa_learnt.left"
     change(folder, lambda tensors: tensors.update({key: torch.zeros(2, 2)}))
     refused(tiny, folder, r"layers\.7\.self_attn\.q_proj", "has left", "Load it onto the base")
 
@@ -204,7 +204,7 @@ def test_nan_in_the_file_is_refused(member: Member, tiny: str, tmp_path: Path) -
     _, folder = saved(member, tiny, tmp_path)
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        key = next(key for key in tensors if "layers.0.mlp.down_proj.peft_kasa_core" in key)
+        key = next(key for key in tensors if "layers.0.mlp.down_proj." in key and ".core" in key)
         tensors[key].view(-1)[0] = torch.nan
 
     change(folder, spoil)

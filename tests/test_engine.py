@@ -182,6 +182,21 @@ def test_thread_counts_do_not_change_the_bits(shape: tuple[int, int], end: Any) 
 
 
 @pytest.mark.usefixtures("threads")
+def test_lapack_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above rests on where a weight is too small, or the machine, for threads to change the bits."""
+    counts: list[int] = []
+    for name in ("eigh", "svd"):
+        routine = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *a, _f=routine, **k: counts.append(torch.get_num_threads()) or _f(*a, **k)
+        )
+    torch.set_num_threads(2)
+    Engine()(normal(40, 30), 3)
+    Engine(tolerance=0.0)(normal(40, 30), 3)
+    assert counts == [1] * 5
+
+
+@pytest.mark.usefixtures("threads")
 def test_an_error_does_not_change_the_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("did not converge")

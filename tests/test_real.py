@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ class Job:
 
 
 @pytest.fixture(scope="module", params=[(member, kind) for kind in KINDS for member in MEMBERS], ids=lambda p: f"{p}")
-def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     member, kind = request.param
     folder = tmp_path_factory.mktemp(f"{member.name}-{kind}")
     model = load(kind)
@@ -114,12 +113,14 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         save_strategy="no",
     )
     rows = Dataset.from_dict({"text": TEXTS})
-    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(smollm2()))
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(smollm2())
+    )
     trainer.train()
     model = trainer.model
     model.save_pretrained(str(folder / "adapter"))
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    yield Job(member, kind, base, start, start_training, bits, model, logits(model), str(folder / "adapter"), log)
+    return Job(member, kind, base, start, start_training, bits, model, logits(model), str(folder / "adapter"), log)
 
 
 def test_starts_at_the_base_and_learns(job: Job) -> None:
@@ -193,8 +194,8 @@ def test_a_reloaded_adapter_lends_an_exact_reference(job: Job) -> None:
     assert torch.equal(logits(model), job.after)
     model.add_adapter("ref", model.peft_config["default"])
     for name, parameter in model.named_parameters():
-        if ".default" in name:
-            model.get_parameter(name.replace(".default", ".ref")).data.copy_(parameter.data)
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
     model.set_adapter("ref")
     assert torch.equal(logits(model), job.after)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -149,10 +148,10 @@ def test_only_active_adapters_count(member: Member, tiny: str) -> None:
 
 
 @pytest.fixture
-def _forgotten() -> Iterator[None]:
+def _forgotten() -> None:
     for seen in (regularise._claimed, regularise._suspected, regularise._warned):
         seen.clear()
-    yield
+    return
 
 
 @pytest.mark.usefixtures("_forgotten")

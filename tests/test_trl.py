@@ -26,7 +26,12 @@ IDS = [[(7 * row + column) % 60 for column in range(8)] for row in range(16)]
 def sft(model: Any, folder: Path, config: Any = None, **given: Any) -> SFTTrainer:
     given = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1, "bf16": False} | given
     arguments = SFTConfig(
-        output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, per_device_train_batch_size=2, **given
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        **given,
     )
     rows = Dataset.from_dict({"input_ids": IDS})
     return SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer(), peft_config=config)
@@ -104,7 +109,7 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(member: Member, tiny:
 
 @each_member
 def test_dpo_starts_with_an_exact_reference(member: Member, tiny: str, tmp_path: Path) -> None:
-    """A ready PeftModel gets a "ref" adapter copied from it: at step 0 policy and reference agree, so loss is log 2."""
+    """A ready PeftModel gets a "ref" adapter copied from it: at step 0 the two agree, so the loss is log 2."""
     model = get_peft_model(load(tiny), member.config())
     move(model)
     model.save_pretrained(str(tmp_path / "sft"))

@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 class BaseWeight:
     """Reads one base layer; only `overwrite` writes it, for merging.
 
-    bitsandbytes repacks a 4-bit weight in place at the first evaluation on a CPU with AVX512-BF16, and rounds its block
-    scales to bfloat16 on the way. The scales from before are kept (by reference: it rebinds them), so that reading
-    gives the same numbers before and after.
+    bitsandbytes repacks a 4-bit weight in place at the first evaluation on a CPU with AVX512-BF16: it rounds the block
+    scales to bfloat16, loses the gradient of whatever is trained below from then on, and puts other scales back when a
+    state dict is taken (wrong ones without double quantisation). The scales from before are kept, by reference, so that
+    reading gives the same numbers before and after, and `unpack` puts the bits back.
     """
 
     def __init__(self, layer: nn.Module, **quantization: Any) -> None:
@@ -35,6 +36,17 @@ class BaseWeight:
             weight = self.backend.get_base_weight(self.layer)
         weight = weight.detach().to(torch.float32)
         return weight.T if self.transposed else weight
+
+    def unpack(self) -> None:
+        """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since."""
+        weight: Any = self.layer.weight
+        if self._scales is None or weight.is_meta or weight.device != self._scales.absmax.device:
+            return
+        if weight.quant_state.absmax is self._scales.absmax:
+            return
+        if _packed(weight.quant_state):
+            weight.data = self._nibbles(weight)
+        weight.quant_state = copy.copy(self._scales)
 
     def overwrite(self, weight: Tensor, owner: Any) -> Callable[[], None]:
         """Stores an (out, in) matrix in the layer's own format, and returns what puts the old bits back."""
@@ -68,16 +80,45 @@ class BaseWeight:
             state.dtype, state.packing_format_for_cpu = state.original_dtype, False
         return state
 
+    @staticmethod
+    def _nibbles(weight: Any) -> Tensor:
+        if not _packed(weight.quant_state):
+            return weight.data
+        from bitsandbytes import functional as bnb
+
+        return bnb._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))[0]
+
     def _dequantized_4bit(self, weight: Any) -> Tensor:
         from bitsandbytes import functional as bnb
 
-        nibbles, state = weight.data, self._scales
-        if _packed(weight.quant_state):
-            nibbles, _ = bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(weight.quant_state))
+        nibbles, state = self._nibbles(weight), self._scales
         if state.absmax.device != nibbles.device:  # the layer has moved, and its live state with it
             state = copy.copy(state)
             state.to(nibbles.device)
         return bnb.dequantize_4bit(nibbles, state)
+
+
+def keep_gradients(model: nn.Module, on: bool = True) -> None:
+    """Makes 4-bit layers that no adapter wraps unpack for training too, so that gradients pass through (or ends it).
+
+    Nothing is done where there are none.
+    """
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _unpack_for_training]:
+        del hooks[key]
+    if on and any(_is_4bit(layer) for layer in model.modules()):
+        model.register_forward_pre_hook(_unpack_for_training)
+
+
+def _unpack_for_training(model: nn.Module, _: Any) -> None:
+    if model.training:
+        for layer in model.modules():
+            if _is_4bit(layer) and _packed(layer.weight.quant_state):
+                BaseWeight(layer).unpack()
+
+
+def _is_4bit(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state")
 
 
 def _packed(state: Any) -> bool:

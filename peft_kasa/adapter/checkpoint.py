@@ -23,14 +23,15 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     """
     layers = {path: module for path, module in model.named_modules() if adapter in getattr(module, "adapters", ())}
     expected = {
-        f"{path}.{PREFIX}{slot}.{adapter}": (layer.name, slot, tuple(value.shape))
+        f"{path}.{key}": (layer.name, key.rpartition(".")[2], tuple(value.shape))
         for path, layer in layers.items()
-        for slot, value in layer.slots(adapter).items()
+        for key, value in layer.named_parameters()
+        if f".{adapter}." in key and key.startswith(PREFIX)
     }
-    _check_keys(expected, state, adapter)
+    _check_keys(expected, state)
     for key, (name, slot, shape) in expected.items():
         _check_value(name, slot, shape, state[key])
-    saved = {layer: state[f"{path}.{PREFIX}{FINGERPRINT}.{adapter}"] for path, layer in layers.items()}
+    saved = {layer: state[f"{path}.{PREFIX}frozen.{adapter}.{FINGERPRINT}"] for path, layer in layers.items()}
     _warn_of_drift({layer.name: _check_base(layer, sketched) for layer, sketched in saved.items()})
 
 
@@ -59,7 +60,7 @@ def arrived(layer: SpectralLinear, adapter: str) -> bool:
     return True
 
 
-def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: dict[str, Tensor], adapter: str) -> None:
+def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: dict[str, Tensor]) -> None:
     if missing := [key for key in expected if key not in state]:
         name, slot, _ = expected[missing[0]]
         raise ValueError(
@@ -70,7 +71,7 @@ def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: di
     if extra := [key for key in state if f".{PREFIX}" in key and key not in expected]:
         name, _, slot = extra[0].removeprefix("base_model.model.").rpartition(f".{PREFIX}")
         raise ValueError(
-            f"{name}: the adapter's file has {slot.removesuffix('.' + adapter)}, which nothing in this model takes "
+            f"{name}: the adapter's file has {slot.rpartition('.')[2]}, which nothing in this model takes "
             f"({len(extra)} such tensors). Load it onto the base, and with the adapter_config.json, it came from."
         )
 

@@ -41,14 +41,15 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
     """A linear layer with adapters of the family; PEFT makes these, users meet them in `print(model)`.
 
     The base layer is called, never written: only `merge` does that, and `unmerge` puts the exact bits back. Slots are
-    float32 parameters named `peft_kasa_<slot>.<adapter>`; products run in the dtype of the activations.
+    float32 parameters named `peft_kasa_learnt.<adapter>.<slot>` or `peft_kasa_frozen.<adapter>.<slot>` (TRL copies a
+    reference by `.<adapter>.` in the name); products run in the dtype of the activations.
 
     Args:
         base_layer: Linear, Conv1D, or a quantised linear layer that PEFT can read back.
         name: the module's name in the model, used in errors and seeds.
     """
 
-    adapter_layer_names = tuple(PREFIX + name for name in (*slot.NAMES, FINGERPRINT))
+    adapter_layer_names = (PREFIX + "learnt", PREFIX + "frozen")
     other_param_names = ("adapters",)
 
     def __init__(self, base_layer: nn.Module, name: str, **quantization: Any) -> None:
@@ -59,8 +60,7 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
         self.quantization_backend = self.base.backend
         self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
         self.adapters: dict[str, Adapter] = {}
-        for parameters in self.adapter_layer_names:
-            setattr(self, parameters, nn.ParameterDict())
+        self.peft_kasa_learnt, self.peft_kasa_frozen = nn.ModuleDict(), nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters = []
         self._disable_adapters = False
@@ -82,12 +82,13 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
         self.adapters[adapter] = Adapter(config, rank, scale)
         start = self._start(adapter, torch.empty(m, n, device="meta"), Engine())
         shapes = {name: tuple(value.shape) for name, value in slot.pack(start).items()} | {FINGERPRINT: (SIDE, SIDE)}
-        device = self.base_layer.weight.device
+        self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter] = nn.Module(), nn.Module()
+        self.frozen_peft_weight_names[adapter] = (PREFIX + "frozen",)
         for name, shape in shapes.items():
-            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-            self._parameters_of(name)[adapter] = nn.Parameter(empty, requires_grad=name in start.train)
-        frozen = tuple(PREFIX + name for name in shapes if name not in start.train)
-        self.frozen_peft_weight_names[adapter] = frozen
+            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
+            learns = name in start.train
+            holder = self.peft_kasa_learnt if learns else self.peft_kasa_frozen
+            holder[adapter].register_parameter(name, nn.Parameter(empty, requires_grad=learns))
 
     @torch.no_grad()
     def begin(self, adapter: str, engine: Engine) -> None:
@@ -102,10 +103,10 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
             raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
         values = slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: sketch(weight)}
         noise = None if self.adapters[adapter].config.init_weights else self._generator(adapter, "noise")
-        for name, value in values.items():
-            parameter = self._parameters_of(name)[adapter]
-            parameter.copy_(value)
-            if noise is not None and parameter.requires_grad:
+        learnt = dict(self.peft_kasa_learnt[adapter].named_parameters())
+        for name, parameter in self.slots(adapter).items():
+            parameter.copy_(value := values[name])
+            if noise is not None and name in learnt:
                 parameter.add_(torch.empty(value.shape).normal_(0, 0.05, generator=noise).to(parameter.device))
         self.adapters[adapter].awaiting = False
 
@@ -127,8 +128,8 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
 
     def slots(self, adapter: str) -> dict[str, Tensor]:
         """The adapter's tensors by slot name, its fingerprint of the base among them."""
-        named = ((name, self._parameters_of(name)) for name in (*slot.NAMES, FINGERPRINT))
-        return {name: parameters[adapter] for name, parameters in named if adapter in parameters}
+        holders = (self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter])
+        return {name: value for holder in holders for name, value in holder.named_parameters()}
 
     def value(self, adapter: str) -> LowRank:
         """What learns, as it is now: left (m, k), core, right (k, n), differentiable."""
@@ -150,11 +151,19 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
         """Always: see `peft_kasa.export_lora`, which is exact where PEFT's convert_to_lora takes a dense SVD."""
         return True
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch. For it, bitsandbytes unpacks a repacked weight and gives it other scales: that is put right."""
+        state = super().state_dict(*args, **kwargs)
+        self.base.unpack()
+        return state
+
     # Forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.training or x.requires_grad:
+            self.base.unpack()
         result = self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.adapters]
         if self.disable_adapters or self.merged or not names:
@@ -191,17 +200,13 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves, and unlike PEFT's own does not cast: masters stay float32."""
         target = device if device is not None else self.base_layer.weight.device
-        for name in (*slot.NAMES, FINGERPRINT):
-            parameters = self._parameters_of(name)
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name] = parameters[adapter_name].to(target)
+        if adapter_name in self.adapters and not self.on_meta(adapter_name):
+            for holder in (self.peft_kasa_learnt, self.peft_kasa_frozen):
+                holder[adapter_name].to(target)
 
     def __repr__(self) -> str:
         parts = [f"{name}: {a.config.name} r={a.rank} s={a.scale:g}" for name, a in self.adapters.items()]
         return f"SpectralLinear({', '.join([*parts, f'base={self.base_layer!r}'])})"
-
-    def _parameters_of(self, name: str) -> nn.ParameterDict:
-        return getattr(self, PREFIX + name)
 
     def _generator(self, adapter: str, use: str = "") -> torch.Generator:
         seed = self.adapters[adapter].config.seed

@@ -17,7 +17,6 @@ from ..spectral import LowRank
 from ..spectral.lowrank import times
 
 LEARNABLE = ("left", "core", "right")
-NAMES = (*LEARNABLE, "left0", "core0", "right0", "cut_left", "cut_right")
 
 Slots = Mapping[str, Tensor]
 Factors = tuple[Tensor, Tensor]  # up (m, k) and down (k, n)

@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..spectral import Engine
+from .base_weight import keep_gradients
 from .layer import SpectralLinear
 
 
@@ -44,3 +45,5 @@ def withdraw(model: nn.Module, adapter: str) -> None:
         if not layer.adapters:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    if not any(all_layers(model)):
+        keep_gradients(model, False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from . import checkpoint
-from .base_weight import unsupported
+from .base_weight import keep_gradients, unsupported
 from .layer import SpectralLinear
 from .starting import all_layers, begin, layers_of, settle, withdraw
 
@@ -61,6 +61,7 @@ class SpectralModel(BaseTuner):
         config.from_file = False  # told once: another adapter with this config starts afresh
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            keep_gradients(model)
             layers = list(layers_of(model, adapter_name))
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
@@ -128,6 +129,7 @@ class SpectralModel(BaseTuner):
         if not merge:
             for layer in layers:
                 layer.unmerge()
+        keep_gradients(self.model, False)
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         _report_rounding(layers)
         return model
