@@ -293,6 +293,19 @@ def test_another_storage_of_the_base_warns_with_the_distance(
     assert (logits(again).float() - expected).norm() < 0.6 * expected.norm()
 
 
+def test_an_adapter_made_after_an_evaluation_loads_without_a_warning(tiny: str, tmp_path: Path) -> None:
+    base = load(tiny, "nf4")
+    logits(base)  # repacks on some CPUs, which rounds the scales
+    model = get_peft_model(base, PISSA.config())
+    move(model)
+    model.save_pretrained(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        again = PeftModel.from_pretrained(load(tiny, "nf4"), str(tmp_path))
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("moment", ["while writing", "before renaming"])
 def test_an_interrupted_save_leaves_the_previous_adapter(
     moment: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -116,8 +116,8 @@ def test_dpo_starts_with_an_exact_reference(member: Member, tiny: str, tmp_path:
     model = PeftModel.from_pretrained(load(tiny), str(tmp_path / "sft"), is_trainable=True)
     rows = Dataset.from_list([{"prompt": "1 2", "chosen": " 3 4", "rejected": " 9 8"}] * 4)
     arguments = DPOConfig(
-        output_dir=str(tmp_path), max_steps=6, report_to="none", use_cpu=True, logging_steps=1, learning_rate=1e-2, bf16=False,
-        save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
+        output_dir=str(tmp_path), max_steps=6, report_to="none", use_cpu=True, logging_steps=1, bf16=False,
+        save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2, learning_rate=1e-2,
     )  # fmt: skip
     trainer = DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=_tokenizer())
     before = logits(model)

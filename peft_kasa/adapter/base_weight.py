@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -27,11 +28,14 @@ class BaseWeight:
         self.transposed = isinstance(layer, Conv1D)
         self._scales = self._current_scales()
 
-    def matrix(self) -> Tensor:
-        """(out, in), float32, a copy unless the layer holds it so; on the meta device if the layer is there."""
+    def matrix(self, as_repacked: bool = False) -> Tensor:
+        """(out, in), float32, a copy unless the layer holds it so; on the meta device if the layer is there.
+
+        With `as_repacked`, 4-bit scales are rounded to bfloat16 as repacking does: the same whether or not it happened.
+        """
         weight: Any = self.layer.weight
         if self._scales is not None:
-            weight = self._dequantized_4bit(weight)
+            weight = self._dequantized_4bit(weight, as_repacked)
         elif self.backend is not None:
             weight = self.backend.get_base_weight(self.layer)
         weight = weight.detach().to(torch.float32)
@@ -88,13 +92,16 @@ class BaseWeight:
 
         return bnb._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))[0]
 
-    def _dequantized_4bit(self, weight: Any) -> Tensor:
+    def _dequantized_4bit(self, weight: Any, as_repacked: bool) -> Tensor:
         from bitsandbytes import functional as bnb
 
-        nibbles, state = self._nibbles(weight), self._scales
+        nibbles, state = self._nibbles(weight), copy.copy(self._scales)
         if state.absmax.device != nibbles.device:  # the layer has moved, and its live state with it
-            state = copy.copy(state)
             state.to(nibbles.device)
+        if as_repacked:
+            if state.nested:
+                state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.absmax, state.nested = state.absmax.bfloat16().float(), False
         return bnb.dequantize_4bit(nibbles, state)
 
 
@@ -127,6 +134,8 @@ def _packed(state: Any) -> bool:
 
 def unsupported(layer: nn.Module) -> str | None:
     """Why a layer cannot be adapted, or None if it can."""
+    if isinstance(layer, BaseTunerLayer):
+        return "another PEFT method has wrapped it already. Unload that first"
     if isinstance(layer, nn.Linear | Conv1D) and resolve_quantization_backend(layer) is None:
         return None
     backend = resolve_quantization_backend(layer)

@@ -89,7 +89,7 @@ def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) ->
 def _check_base(layer: SpectralLinear, saved: Tensor) -> float:
     if layer.base_layer.weight.is_meta:
         return 0.0
-    found = distance(saved, sketch(layer.base.matrix()))
+    found = distance(saved, sketch(layer.base.matrix(as_repacked=True)))
     if found > OTHER:
         raise ValueError(
             f"{layer.name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "

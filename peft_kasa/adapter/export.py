@@ -63,6 +63,15 @@ def to_lora(
 
     Raises:
         ValueError: an unknown adapter, a rank above 512 that was not asked for, or, with `uniform`, modules_to_save.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_kasa import SVFitConfig, to_lora
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), SVFitConfig(r=2, target_modules=["0"]))
+        >>> config, tensors, report = to_lora(model)
+        >>> (config.r, report.rank, sorted(name.rpartition("model.")[2] for name in tensors))
+        (2, 2, ['0.lora_A.weight', '0.lora_B.weight'])
     """
     layers = _adapted(model, adapter)
     config = _config(model, adapter)

@@ -101,7 +101,9 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
             )
         if bad := int((~torch.isfinite(weight)).sum()):
             raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
-        values = slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: sketch(weight)}
+        values = slot.pack(self._start(adapter, weight, engine)) | {
+            FINGERPRINT: sketch(self.base.matrix(as_repacked=True))
+        }
         noise = None if self.adapters[adapter].config.init_weights else self._generator(adapter, "noise")
         learnt = dict(self.peft_kasa_learnt[adapter].named_parameters())
         for name, parameter in self.slots(adapter).items():

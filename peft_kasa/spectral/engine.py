@@ -78,7 +78,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _check(w: Tensor, k: int, end: str) -> None:
-    if w.ndim != 2 or not w.is_floating_point():
+    if w.ndim != 2 or not w.is_floating_point() or 0 in w.shape:
         raise ValueError(f"`w` has to be a matrix of floating point. Found {w.dtype} of shape {tuple(w.shape)}.")
     if w.is_meta:
         raise ValueError("`w` has to hold values. Found a tensor on the meta device: load the weight first.")

@@ -71,7 +71,7 @@ class LowRank(NamedTuple):
         """
         b, a = (factor.double() for factor in self.factors())
         (q_left, r_left), (q_right, r_right) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-        u, s, vt = torch.linalg.svd(r_left @ r_right.T)
+        u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         kept = LowRank(q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T)
         total = s.norm()
         error = (s[rank:].norm() / total).item() if total > 0 else 0.0

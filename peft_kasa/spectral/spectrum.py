@@ -18,11 +18,11 @@ class Spectrum(NamedTuple):
     Example:
         >>> import torch
         >>> from peft_kasa.spectral import Engine
-        >>> cut = Engine()(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2, end="top")
+        >>> cut = Engine()(torch.diag(torch.tensor([16.0, 4.0, 1.0])), 2, end="top")
         >>> cut.s.tolist()
-        [3.0, 2.0]
-        >>> cut.scaled(0.5).balanced().dense().diagonal().tolist()
-        [1.5, 1.0, 0.0]
+        [16.0, 4.0]
+        >>> cut.scaled(0.25).balanced().dense().diagonal().tolist()
+        [4.0, 1.0, 0.0]
     """
 
     u: Tensor  # (m, k), orthonormal columns

@@ -45,7 +45,7 @@ class SpectralCallback(TrainerCallback):
 
 def restore_masters(model: nn.Module | None, args: Any = None) -> None:
     """Makes the slots that learn float32 again, as the same parameters. DeepSpeed keeps masters of its own."""
-    if model is None or getattr(args, "deepspeed", None):
+    if model is None or getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
         return
     for layer in all_layers(model):
         for adapter in layer.adapters:

@@ -150,7 +150,7 @@ def warn_unheld(terms: Iterable[Term]) -> None:
     layer, name = next(iter(terms))
     warnings.warn(
         f"{layer.name}: the parameters of adapter {name!r} are in no optimiser that steps, so its regulariser "
-        f"({layer.adapters[name].config.name}) does not act. Give them to the optimiser, or add "
-        "`peft_kasa.penalty(model)` to the loss yourself and set regularize=False.",
+        f"({layer.adapters[name].config.name}) does not act. Give them to the optimiser, or set regularize=False and "
+        f"add `peft_kasa.penalty(model, {name!r})` to the loss yourself.",
         stacklevel=2,
     )
