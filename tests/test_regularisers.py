@@ -165,7 +165,7 @@ def test_warns_when_no_optimiser_holds_its_parameters(member: Member, tiny: str)
         other.step()  # nothing of the family is being trained yet
     model.train()(input_ids=tokens())
     other.step()
-    with pytest.warns(UserWarning, match=r"layers.*'default' are in no optimiser.*penalty\(model\)"):
+    with pytest.warns(UserWarning, match=r"layers.*'default' are in no optimiser.*penalty\(model, 'default'\)"):
         other.step()
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from transformers import PrinterCallback
 
 from peft_kasa import penalty
 
@@ -55,9 +56,14 @@ def sgd(model: nn.Module, **given: Any) -> torch.optim.SGD:
     return torch.optim.SGD(learning(model), lr=1.0, **given)
 
 
+def device(model: nn.Module) -> torch.device:
+    """Where the model is."""
+    return next(model.parameters()).device
+
+
 def backward(model: nn.Module, batches: list[torch.Tensor], scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """One backward pass a batch, of the batches' mean loss."""
-    for ids in batches:
+    for ids in (batch.to(device(model)) for batch in batches):
         scale(model(input_ids=ids, labels=ids).loss / len(batches)).backward()
 
 
@@ -66,7 +72,7 @@ def loop(batches: list[torch.Tensor], autocast: torch.dtype | None = None) -> St
 
     def step(model: nn.Module) -> None:
         optimizer = sgd(model)
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast(device(model).type, autocast or torch.bfloat16, enabled=autocast is not None):
             backward(model.train(), batches, lambda loss: loss)
         optimizer.step()
 
@@ -77,8 +83,8 @@ def scaled(batches: list[torch.Tensor], fused: bool, unscale: bool = False) -> S
     """fp16 style: a GradScaler, with an optimiser that unscales by itself if `fused`."""
 
     def step(model: nn.Module) -> None:
-        optimizer, scaler = sgd(model, fused=fused), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        with torch.autocast("cpu", torch.float16):
+        optimizer, scaler = sgd(model, fused=fused), torch.amp.GradScaler(device(model).type, init_scale=2.0**10)
+        with torch.autocast(device(model).type, torch.float16):
             backward(model.train(), batches, scaler.scale)
         if unscale:
             scaler.unscale_(optimizer)
@@ -96,7 +102,8 @@ def closure(batches: list[torch.Tensor], keyword: bool = False) -> Step:
 
         def evaluate() -> torch.Tensor:
             optimizer.zero_grad()
-            loss = sum(model(input_ids=ids, labels=ids).loss for ids in batches) / len(batches)
+            losses = [model(input_ids=ids, labels=ids).loss for ids in (batch.to(device(model)) for batch in batches)]
+            loss = sum(losses) / len(losses)
             loss.backward()
             return loss
 
@@ -114,9 +121,9 @@ def accelerated(batches: list[torch.Tensor]) -> Step:
     def step(model: nn.Module) -> None:
         from accelerate import Accelerator
 
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(batches))
+        accelerator = Accelerator(cpu=device(model).type == "cpu", gradient_accumulation_steps=len(batches))
         model, optimizer = accelerator.prepare(model.train(), sgd(model))
-        for ids in batches:
+        for ids in (batch.to(accelerator.device) for batch in batches):
             with accelerator.accumulate(model):
                 accelerator.backward(model(input_ids=ids, labels=ids).loss)
                 optimizer.step()
@@ -141,12 +148,14 @@ def trainer(trainer_class: Any, arguments_class: Any, dataset: Any, accumulate: 
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,
-                use_cpu=True,
+                use_cpu=device(model).type == "cpu",
                 data_seed=0,
                 seed=0,
                 **given,
             )
-            trainer_class(model=model, args=arguments, train_dataset=dataset, optimizers=(optimizer, constant)).train()
+            made = trainer_class(model=model, args=arguments, train_dataset=dataset, optimizers=(optimizer, constant))
+            made.remove_callback(PrinterCallback)
+            made.train()
 
     return step
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..peft_type import PREFIX
+from .base_weight import BaseWeight
 from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
-
-if TYPE_CHECKING:
-    from .layer import SpectralLinear
 
 
 def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
@@ -21,7 +19,9 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: keys that are missing or that nothing takes, another shape, NaN, or another base.
     """
-    layers = {path: module for path, module in model.named_modules() if adapter in getattr(module, "adapters", ())}
+    layers: dict[str, Any] = {
+        path: module for path, module in model.named_modules() if adapter in getattr(module, "adapters", ())
+    }
     expected = {
         f"{path}.{key}": (layer.name, key.rpartition(".")[2], tuple(value.shape))
         for path, layer in layers.items()
@@ -32,31 +32,29 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     for key, (name, slot, shape) in expected.items():
         _check_value(name, slot, shape, state[key])
     saved = {layer: state[f"{path}.{PREFIX}frozen.{adapter}.{FINGERPRINT}"] for path, layer in layers.items()}
-    _warn_of_drift({layer.name: _check_base(layer, sketched) for layer, sketched in saved.items()})
+    _warn_of_drift({layer.name: _check_base(layer.name, layer.base, sketched) for layer, sketched in saved.items()})
 
 
-def arrived(layer: SpectralLinear, adapter: str) -> bool:
+def arrived(name: str, base: BaseWeight, adapter: str, slots: dict[str, Tensor]) -> bool:
     """Whether a loader other than PEFT's (transformers' own, `load_state_dict`) has filled the slots of a layer.
 
     Raises:
         ValueError: if it filled only some, or from another base.
     """
-    slots = layer.slots(adapter)
-    if empty := [name for name, value in slots.items() if value.is_meta]:
+    if empty := [slot for slot, value in slots.items() if value.is_meta]:
         raise ValueError(
-            f"{layer.name}: {', '.join(empty)} of adapter {adapter!r} hold no values. Load them from its file, or "
+            f"{name}: {', '.join(empty)} of adapter {adapter!r} hold no values. Load them from its file, or "
             "create the adapter without low_cpu_mem_usage=True."
         )
-    missing = [name for name, value in slots.items() if torch.isnan(value).any()]
+    missing = [slot for slot, value in slots.items() if torch.isnan(value).any()]
     if len(missing) == len(slots):
         return False
     if missing:
         raise ValueError(
-            f"{layer.name}: the file of adapter {adapter!r} did not give {', '.join(missing)}, or gave NaN. "
+            f"{name}: the file of adapter {adapter!r} did not give {', '.join(missing)}, or gave NaN. "
             "Save the adapter again from its source."
         )
-    layer.adapters[adapter].awaiting = False
-    _warn_of_drift({layer.name: _check_base(layer, slots[FINGERPRINT])})
+    _warn_of_drift({name: _check_base(name, base, slots[FINGERPRINT])})
     return True
 
 
@@ -86,13 +84,13 @@ def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) ->
         raise ValueError(f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint.")
 
 
-def _check_base(layer: SpectralLinear, saved: Tensor) -> float:
-    if layer.base_layer.weight.is_meta:
+def _check_base(name: str, base: BaseWeight, saved: Tensor) -> float:
+    if base.layer.weight.is_meta:
         return 0.0
-    found = distance(saved, sketch(layer.base.matrix(as_repacked=True)))
+    found = distance(saved, sketch(base.matrix(as_repacked=True)))
     if found > OTHER:
         raise ValueError(
-            f"{layer.name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "
+            f"{name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "
             f"{OTHER}). Load the base model that adapter_config.json names."
         )
     return found

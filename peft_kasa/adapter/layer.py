@@ -76,9 +76,8 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
     def reserve(self, adapter: str, config: SpectralConfig, rank: int, scale: float) -> None:
         """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
         m, n = self.out_features, self.in_features
-        require(
-            rank <= min(m, n), f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (rank_pattern)", rank
-        )
+        rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
+        require(rank <= min(m, n), rule, rank)
         self.adapters[adapter] = Adapter(config, rank, scale)
         start = self._start(adapter, torch.empty(m, n, device="meta"), Engine())
         shapes = {name: tuple(value.shape) for name, value in slot.pack(start).items()} | {FINGERPRINT: (SIDE, SIDE)}
@@ -101,9 +100,8 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
             )
         if bad := int((~torch.isfinite(weight)).sum()):
             raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
-        values = slot.pack(self._start(adapter, weight, engine)) | {
-            FINGERPRINT: sketch(self.base.matrix(as_repacked=True))
-        }
+        values = slot.pack(self._start(adapter, weight, engine))
+        values[FINGERPRINT] = sketch(self.base.matrix(as_repacked=True))
         noise = None if self.adapters[adapter].config.init_weights else self._generator(adapter, "noise")
         learnt = dict(self.peft_kasa_learnt[adapter].named_parameters())
         for name, parameter in self.slots(adapter).items():
@@ -114,7 +112,12 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
 
     def settle(self, adapter: str) -> None:
         """Makes sure that the adapter has values: a file's, checked, or else its method's start."""
-        if self.adapters[adapter].awaiting and not checkpoint.arrived(self, adapter):
+        known = self.adapters[adapter]
+        if not known.awaiting:
+            return
+        if checkpoint.arrived(self.name, self.base, adapter, self.slots(adapter)):
+            known.awaiting = False
+        else:
             self.begin(adapter, Engine())
 
     def forget(self, adapter: str) -> None:
