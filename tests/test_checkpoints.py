@@ -287,7 +287,9 @@ def test_another_storage_of_the_base_warns_with_the_distance(
     member: Member, kind: str, tiny: str, tmp_path: Path
 ) -> None:
     model, folder = saved(member, tiny, tmp_path)
-    with pytest.warns(UserWarning, match=r"14 of 14 weights differ, by \d\.\de-0\d at most \(model\.layers"):
+    with pytest.warns(
+        UserWarning, match=r"14 of 14 weights differ, by \d\.\de-0\d of their norm at most \(model\.layers"
+    ):
         again = PeftModel.from_pretrained(load(tiny, kind), folder)
     expected = logits(model)
     assert (logits(again).float() - expected).norm() < 0.6 * expected.norm()
@@ -360,3 +362,55 @@ def test_the_example_of_an_identity_start_needs_no_training_to_save(tiny: str, t
     model = get_peft_model(load(tiny), IDENTICAL[0].config())
     model.save_pretrained(str(tmp_path))
     assert torch.equal(logits(PeftModel.from_pretrained(load(tiny), str(tmp_path))), logits(load(tiny)))
+
+
+def test_after_a_refused_load_the_right_file_loads_under_the_same_name(tiny: str, tmp_path: Path) -> None:
+    model, good = saved(PISSA, tiny, tmp_path / "good")
+    other = load(tiny)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.normal_(0, 0.2)
+    get_peft_model(other, PISSA.config()).save_pretrained(str(tmp_path / "bad"))
+    again = PeftModel.from_pretrained(load(tiny), good)
+    with pytest.raises(ValueError, match="trained on another weight"):
+        again.load_adapter(str(tmp_path / "bad"), "x")
+    assert list(again.peft_config) == ["default"]
+    again.load_adapter(good, "x")
+    again.set_adapter("x")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_refused_load_leaves_no_trace_on_the_base(tiny: str, tmp_path: Path) -> None:
+    _, folder = saved(PISSA, tiny, tmp_path)
+    change(folder, lambda tensors: tensors.__delitem__(next(iter(tensors))))
+    base = load(tiny)
+    with pytest.raises(ValueError, match="lacks"):
+        PeftModel.from_pretrained(base, folder)
+    assert "peft_config" not in vars(base)
+
+
+def test_a_missing_or_cut_weights_file_is_refused_before_the_model_is_touched(tiny: str, tmp_path: Path) -> None:
+    model, folder = saved(PISSA, tiny, tmp_path)
+    os.remove(tmp_path / "adapter_model.safetensors")
+    refused(tiny, folder, "has neither adapter_model.safetensors nor adapter_model.bin", "Save the adapter again")
+    model.save_pretrained(folder, safe_serialization=False)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(tiny), folder)), logits(model))
+    path = tmp_path / "adapter_model.bin"
+    path.write_bytes(path.read_bytes()[:-500])
+    refused(tiny, folder, r"adapter_model\.bin is damaged or was cut short", "Copy it again")
+
+
+@pytest.mark.parametrize("key", ["base_model.model.model.norm.weight", "base_model.model.lm_head.lora_A.weight"])
+def test_a_tensor_that_is_not_the_adapters_is_refused(key: str, tiny: str, tmp_path: Path) -> None:
+    _, folder = saved(PISSA, tiny, tmp_path)
+    change(folder, lambda tensors: tensors.update({key: torch.zeros(64)}))
+    refused(tiny, folder, "which is none of the adapter's", "Save the adapter again")
+
+
+def test_a_base_that_is_40_percent_off_is_refused(tiny: str, tmp_path: Path) -> None:
+    _, folder = saved(PISSA, tiny, tmp_path)
+    base = load(tiny)
+    with torch.no_grad():
+        for layer in base.model.layers:
+            weight = layer.mlp.up_proj.weight
+            weight.add_(torch.empty_like(weight).normal_(0, 0.4 * weight.std().item()))
+    refused(tiny, folder, "trained on another weight", base=base)

@@ -259,3 +259,67 @@ def test_a_float64_look_at_kasa_on_four_bits(tiny: str) -> None:
     before = layer.slots("default")["core"].clone()
     steps(model)
     assert not torch.equal(before, layer.slots("default")["core"])
+
+
+@each_member
+@pytest.mark.parametrize("kind", ["fp32", "nf4", "int8"])
+def test_a_copy_made_while_merged_is_its_own(member: Member, kind: str, tiny: str) -> None:
+    model = get_peft_model(load(tiny, kind), member.config())
+    move(model)
+    expected = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+    merged = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.unmerge_adapter()
+        assert torch.equal(logits(twin), expected)
+        assert torch.equal(logits(model), merged)
+
+
+@each_member
+def test_compiles_to_one_graph(member: Member, tiny: str) -> None:
+    layer = spectral_layers(get_peft_model(load(tiny), member.config()))[0]
+    x = torch.randn(3, layer.in_features)
+    assert torch._dynamo.explain(layer)(x).graph_count == 1
+
+
+def test_a_safe_merge_of_a_broken_adapter_changes_nothing(tiny: str) -> None:
+    model = get_peft_model(load(tiny), IDENTICAL[0].config())
+    expected = logits(model)
+    broken = spectral_layers(model)[7].slots("default")["left"]
+    with torch.no_grad():
+        broken[0, 0] = torch.nan
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="left of adapter 'default' has NaN"):
+            merge(safe_merge=True)
+    assert not any(layer.merged for layer in spectral_layers(model))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["left", "cut_right", "fingerprint", "a.b", "keys", "peft_kasa_learnt"])
+def test_names_that_would_lose_tensors_are_refused(name: str, tiny: str) -> None:
+    model = get_peft_model(load(tiny), IDENTICAL[0].config())
+    with pytest.raises(ValueError, match="An adapter's name may not be"):
+        model.add_adapter(name, IDENTICAL[0].config())
+    with pytest.raises(ValueError, match="An adapter's name may not be"):
+        get_peft_model(load(tiny), IDENTICAL[0].config(), adapter_name=name)
+
+
+def test_layers_on_which_an_adapter_would_have_no_effect_are_refused() -> None:
+    attention = torch.nn.TransformerEncoderLayer(8, 2)
+    with pytest.raises(TypeError, match=r"self_attn\.out_proj: nn\.MultiheadAttention reads this weight"):
+        get_peft_model(attention, IDENTICAL[0].config(r=2, target_modules=["out_proj"]))
+    normed = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4)))
+    with pytest.raises(TypeError, match="0: its weight is a parametrization"):
+        get_peft_model(normed, IDENTICAL[0].config(r=2, target_modules=["0"]))
+
+
+def test_a_lazy_start_gives_values_to_whoever_asks_first(tiny: str) -> None:
+    from peft import get_peft_config
+
+    for member in MEMBERS:
+        config = get_peft_config(member.config().to_dict())
+        model = get_peft_model(load(tiny), config)
+        assert torch.isfinite(spectral_layers(model)[0].get_delta_weight("default")).all()

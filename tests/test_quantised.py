@@ -73,16 +73,18 @@ def test_an_evaluation_does_not_change_the_gradients(targets: object, double: bo
         move(model)
         if evaluated:
             logits(model)
+            model.state_dict()
+            logits(model)
         ids = torch.arange(8)[None]
         model.train()(input_ids=ids, labels=ids).loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in learning(model)]))
-    bound = 0 if targets == "all-linear" else 2e-2  # layers outside keep scales rounded to bfloat16
-    assert (gradients[1] - gradients[0]).norm() <= bound * gradients[0].norm()
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 single"])
-def test_taking_a_state_dict_does_not_change_the_base(kind: str, tiny: str) -> None:
-    base, model = load(tiny, kind), get_peft_model(load(tiny, kind), PiSSAConfig(target_modules="all-linear"))
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_taking_a_state_dict_does_not_change_the_base(kind: str, targets: object, tiny: str) -> None:
+    base, model = load(tiny, kind), get_peft_model(load(tiny, kind), PiSSAConfig(target_modules=targets))
     expected = logits(base)
     assert torch.equal(logits(model), expected)
     for _ in range(2):

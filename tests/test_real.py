@@ -100,11 +100,12 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     member, kind = request.param
     folder = tmp_path_factory.mktemp(f"{member.name}-{kind}")
     model = load(kind)
-    base_training = logits(model, True)  # before an evaluation repacks 4-bit weights
     base, bits = logits(model), digests(model, linears(model))
     given = {"reference_truncation": True} if member.name == "kasa" else {}
     model = get_peft_model(model, member.config(r=8, dropout=0.1, task_type="CAUSAL_LM", **given))
-    start, start_training = logits(model), torch.equal(logits(model, True), base_training)
+    start, training = logits(model), logits(model, True)
+    with model.disable_adapter():
+        start_training = torch.equal(training, logits(model, True))
     arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=3,
@@ -158,8 +159,6 @@ def test_kasa_is_kasa_on_every_base(job: Job) -> None:
     assert (bottom - cut).norm() < 1e-5 * bottom.norm()
     whole = adapted(job.model)["model.layers.10.self_attn.v_proj"]
     assert "cut_left" not in whole.slots("default")  # reference_truncation leaves 192 x 576 whole
-    fresh = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), job.member.config(r=2, target_modules=["0"]))
-    assert fresh is not None
 
 
 def test_decomposing_after_an_evaluation_gives_the_same(job: Job) -> None:

@@ -103,6 +103,68 @@ def test_effective_over_intended_is_one_in_two_processes(member: Member, tiny: s
     assert off < 0.02
 
 
+def two_optimisers(batches: list[torch.Tensor]) -> Step:
+    """Matrices in one and cores in another, as with Muon."""
+
+    def step(model: nn.Module) -> None:
+        effect.backward(model.train(), batches, lambda loss: loss)
+        for wanted in (1, 2):
+            torch.optim.SGD([p for p in learning(model) if p.ndim == wanted], lr=1.0).step()
+
+    return step
+
+
+class Wrapping(torch.optim.Optimizer):
+    """An optimiser whose step is another's, as Lookahead or ZeroRedundancyOptimizer have it."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def wrapped(batches: list[torch.Tensor]) -> Step:
+    def step(model: nn.Module) -> None:
+        effect.backward(model.train(), batches, lambda loss: loss)
+        Wrapping(effect.sgd(model)).step()
+
+    return step
+
+
+def inside_autocast(batches: list[torch.Tensor]) -> Step:
+    def step(model: nn.Module) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            effect.backward(model.train(), batches, lambda loss: loss)
+            effect.sgd(model).step()
+
+    return step
+
+
+WAYS |= {
+    "two optimisers": two_optimisers(batches(2)),
+    "wrapped optimiser": wrapped(batches(2)),
+    "step inside autocast": inside_autocast(batches(2)),
+}
+
+
+@each_regularized
+@pytest.mark.parametrize("clear", [True, False])
+def test_every_step_gets_it_again(member: Member, clear: bool, tiny: str) -> None:
+    """Three steps at lr 1e-3 under no other loss: each moves along the penalty's gradient at that point."""
+    model = model_of(member.name, tiny)
+    optimizer = torch.optim.SGD(learning(model), lr=1e-3)
+    for _ in range(3):
+        intended = torch.autograd.grad(penalty(model), learning(model), materialize_grads=True)
+        before = [parameter.detach().clone() for parameter in learning(model)]
+        sum((parameter * 0).sum() for parameter in learning(model)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        for parameter, begun, gradient in zip(learning(model), before, intended, strict=True):
+            assert torch.allclose(begun - parameter, 1e-3 * gradient, atol=1e-6)
+        optimizer.zero_grad(set_to_none=clear)
+
+
 @each_regularized
 def test_lbfgs_minimises_the_loss_and_the_penalty(member: Member, tiny: str) -> None:
     model = model_of(member.name, tiny)

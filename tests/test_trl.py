@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import effect
 import pytest
 import torch
 from bases import load, logits, move
@@ -15,7 +16,6 @@ from test_regularisers import _tokenizer
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_kasa import SpectralLinear
 from peft_kasa.training import callback
 
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
@@ -48,33 +48,6 @@ def test_sft_trains_saves_and_reloads(member: Member, kind: str, tiny: str, tmp_
     assert not torch.equal(logits(again), logits(load(tiny, kind)))
 
 
-def travelled(trainer: SFTTrainer) -> float:
-    """How far 1,000 steps of the trainer's own AdamW at lr 2e-5 go under a steady gradient, over what fp32 covers."""
-    layers = [module for module in trainer.model.modules() if isinstance(module, SpectralLinear)]
-    parameters = [value for layer in layers for value in layer.slots("default").values() if value.requires_grad]
-    trainer.create_optimizer()
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert {id(parameter) for parameter in parameters} <= held
-    generator = torch.Generator().manual_seed(0)
-    gradients = [torch.empty(p.shape).normal_(generator=generator) for p in parameters]
-    start = [parameter.detach().clone().float() for parameter in parameters]
-    exact = [value.clone().requires_grad_() for value in start]
-    reference = torch.optim.AdamW(exact, lr=2e-5, weight_decay=0.0)
-    for group in optimizer.param_groups:
-        group.update(lr=2e-5, weight_decay=0.0)
-    for _ in range(1000):
-        for parameter, twin, gradient in zip(parameters, exact, gradients, strict=True):
-            parameter.grad, twin.grad = gradient.to(parameter.dtype), gradient.clone()
-        optimizer.step()
-        reference.step()
-    moved, should = (
-        sum((value.detach().float() - begun).square().sum() for value, begun in zip(values, start, strict=True)).sqrt()
-        for values in (parameters, exact)
-    )
-    return (moved / should).item()
-
-
 @each_member
 def test_masters_stay_float32_through_trls_cast(
     member: Member, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,9 +60,19 @@ def test_masters_stay_float32_through_trls_cast(
 
     trainer = build()
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
-    assert travelled(trainer) == pytest.approx(1, abs=0.1)
+    assert effect.travelled(trainer) == pytest.approx(1, abs=0.1)
     monkeypatch.setattr(callback, "restore_masters", lambda *_: None)
-    assert travelled(build()) < 0.7  # without it, bfloat16 masters stall
+    assert effect.travelled(build()) < 0.7  # without it, bfloat16 masters stall
+
+
+@each_member
+def test_trls_cast_costs_a_reloaded_adapter_no_bit(member: Member, tiny: str, tmp_path: Path) -> None:
+    model = get_peft_model(load(tiny, "nf4"), member.config())
+    move(model)
+    model.save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(load(tiny, "nf4"), str(tmp_path), is_trainable=True)
+    expected = logits(model)
+    assert torch.equal(logits(sft(model, tmp_path).model), expected)
 
 
 @each_member

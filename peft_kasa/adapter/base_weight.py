@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class BaseWeight:
         self.layer = layer
         self.backend = resolve_quantization_backend(layer, **quantization)
         self.transposed = isinstance(layer, Conv1D)
-        self._scales = self._current_scales()
+        self._scales = _kept_scales(layer) or self._current_scales()
 
     def matrix(self, as_repacked: bool = False) -> Tensor:
         """(out, in), float32, a copy unless the layer holds it so; on the meta device if the layer is there.
@@ -52,29 +52,28 @@ class BaseWeight:
             weight.data = self._nibbles(weight)
         weight.quant_state = copy.copy(self._scales)
 
-    def overwrite(self, weight: Tensor, owner: Any) -> Callable[[], None]:
-        """Stores an (out, in) matrix in the layer's own format, and returns what puts the old bits back."""
+    def overwrite(self, weight: Tensor, owner: Any) -> Any:
+        """Stores an (out, in) matrix in the layer's own format, and returns the original for `restore`."""
         weight = weight.T if self.transposed else weight
         if self.backend is None:
-            parameter = self.layer.weight
-            original = parameter.detach().to("cpu", copy=True)
-            parameter.data.copy_(weight)
-            return lambda: parameter.data.copy_(original)
-        return self._requantize(weight, owner)
-
-    def _requantize(self, weight: Tensor, owner: Any) -> Callable[[], None]:
-        parameter, scales = self.layer.weight, self._scales
+            original = self.layer.weight.detach().to("cpu", copy=True)
+            self.layer.weight.data.copy_(weight)
+            return original
         state = getattr(self.layer, "state", None)  # of 8-bit layers: it takes the quantised weight over
-        taken = (None, None) if state is None else (state.CB, state.SCB)
-        self.backend.set_base_weight(owner, weight)  # type: ignore[union-attr]
+        taken = None if state is None else (state.CB, state.SCB)
+        stored = (self.layer.weight, self._scales, taken)
+        self.backend.set_base_weight(owner, weight)
         self._scales = self._current_scales()
+        return stored
 
-        def restore() -> None:
-            self.layer.weight, self._scales = parameter, scales
-            if state is not None:
-                state.CB, state.SCB = taken
-
-        return restore
+    def restore(self, original: Any) -> None:
+        """Puts back what `overwrite` returned, bit for bit."""
+        if self.backend is None:
+            self.layer.weight.data.copy_(original)
+            return
+        self.layer.weight, self._scales, taken = original
+        if taken is not None:
+            self.layer.state.CB, self.layer.state.SCB = taken
 
     def _current_scales(self) -> Any:
         """The state of a 4-bit weight in its unpacked form, or None. Packing keeps bfloat16 scales, transposed."""
@@ -105,23 +104,44 @@ class BaseWeight:
         return bnb.dequantize_4bit(nibbles, state)
 
 
-def keep_gradients(model: nn.Module, on: bool = True) -> None:
-    """Makes 4-bit layers that no adapter wraps unpack for training too, so that gradients pass through (or ends it).
+# Scales of 4-bit weights that no adapter wraps, with the weight they belong to.
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
-    Nothing is done where there are none.
+
+def _kept_scales(layer: nn.Module) -> Any:
+    weight, scales = _kept.get(layer, (lambda: None, None))
+    return copy.copy(scales) if weight() is not None and weight() is getattr(layer, "weight", None) else None
+
+
+def guard(model: nn.Module, on: bool = True) -> None:
+    """Keeps 4-bit layers that no adapter wraps from what repacking does to them, as wrapped ones are (or ends it):
+    gradients pass through them in training, and taking a state dict leaves them as they were.
     """
-    hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _unpack_for_training]:
+    _unhook(model._forward_pre_hooks)
+    layers = [layer for layer in model.modules() if _is_4bit(layer)]
+    for layer in layers:
+        _unhook(layer._state_dict_hooks)
+        if on:
+            _kept.setdefault(layer, (weakref.ref(layer.weight), BaseWeight(layer)._scales))
+            layer.register_state_dict_post_hook(_after_state_dict)
+    if on and layers:
+        model.register_forward_pre_hook(_before_forward)
+
+
+def _unhook(hooks: Any) -> None:
+    for key in [key for key, hook in hooks.items() if hook in (_before_forward, _after_state_dict)]:
         del hooks[key]
-    if on and any(_is_4bit(layer) for layer in model.modules()):
-        model.register_forward_pre_hook(_unpack_for_training)
 
 
-def _unpack_for_training(model: nn.Module, _: Any) -> None:
+def _before_forward(model: nn.Module, _: Any) -> None:
     if model.training:
         for layer in model.modules():
             if _is_4bit(layer) and _packed(layer.weight.quant_state):
                 BaseWeight(layer).unpack()
+
+
+def _after_state_dict(layer: nn.Module, *_: Any) -> None:
+    BaseWeight(layer).unpack()
 
 
 def _is_4bit(layer: nn.Module) -> bool:
@@ -136,6 +156,10 @@ def unsupported(layer: nn.Module) -> str | None:
     """Why a layer cannot be adapted, or None if it can."""
     if isinstance(layer, BaseTunerLayer):
         return "another PEFT method has wrapped it already. Unload that first"
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this weight without calling the layer, so an adapter would have no effect"
+    if hasattr(layer, "parametrizations"):
+        return "its weight is a parametrization of another. Remove that first (torch.nn.utils.parametrize)"
     if isinstance(layer, nn.Linear | Conv1D) and resolve_quantization_backend(layer) is None:
         return None
     backend = resolve_quantization_backend(layer)

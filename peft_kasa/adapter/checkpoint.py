@@ -6,11 +6,17 @@ import warnings
 from typing import Any
 
 import torch
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from ..peft_type import PREFIX
 from .base_weight import BaseWeight
 from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
+
+DRIFT = (
+    "The base is not the one the adapter was made on, but another storage or a fine-tuned relative of it, and outputs "
+    "will differ accordingly"
+)
 
 
 def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
@@ -29,6 +35,7 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
         if f".{adapter}." in key and key.startswith(PREFIX)
     }
     _check_keys(expected, state)
+    _check_others({key: value for key, value in state.items() if key not in expected})
     for key, (name, slot, shape) in expected.items():
         _check_value(name, slot, shape, state[key])
     saved = {layer: state[f"{path}.{PREFIX}frozen.{adapter}.{FINGERPRINT}"] for path, layer in layers.items()}
@@ -54,7 +61,8 @@ def arrived(name: str, base: BaseWeight, adapter: str, slots: dict[str, Tensor])
             f"{name}: the file of adapter {adapter!r} did not give {', '.join(missing)}, or gave NaN. "
             "Save the adapter again from its source."
         )
-    _warn_of_drift({name: _check_base(name, base, slots[FINGERPRINT])})
+    if _check_base(name, base, slots[FINGERPRINT]) > SAME:
+        warnings.warn(DRIFT + ".", stacklevel=2)  # the same words for each layer: Python shows them once
     return True
 
 
@@ -72,6 +80,24 @@ def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: di
             f"{name}: the adapter's file has {slot.rpartition('.')[2]}, which nothing in this model takes "
             f"({len(extra)} such tensors). Load it onto the base, and with the adapter_config.json, it came from."
         )
+
+
+def _check_others(state: dict[str, Tensor]) -> None:
+    """What a file may hold besides slots: modules_to_save, trained tokens, resized embeddings. Never a base weight."""
+    for key, value in state.items():
+        if ".modules_to_save." not in key and ".token_adapter." not in key and not _is_embedding(key):
+            raise ValueError(
+                f"{key.removeprefix('base_model.model.')}: the adapter's file has this tensor, which is none of the "
+                "adapter's and might overwrite the base. Save the adapter again from its source."
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key.removeprefix('base_model.model.')} has NaN or infinite entries in the file.")
+
+
+def _is_embedding(key: str) -> bool:
+    return key.endswith(
+        tuple(f".{name}{base}.weight" for name in EMBEDDING_LAYER_NAMES for base in ("", ".base_layer"))
+    )
 
 
 def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) -> None:
@@ -101,7 +127,7 @@ def _warn_of_drift(drift: dict[str, float]) -> None:
     if name is None or drift[name] <= SAME:
         return
     warnings.warn(
-        f"The base is not stored as it was when the adapter was made: {sum(d > SAME for d in drift.values())} of "
-        f"{len(drift)} weights differ, by {drift[name]:.1e} at most ({name}). Outputs will differ a little.",
+        f"{DRIFT}: {sum(d > SAME for d in drift.values())} of {len(drift)} weights differ, by {drift[name]:.1e} of "
+        f"their norm at most ({name}).",
         stacklevel=2,
     )

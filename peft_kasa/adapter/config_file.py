@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
 from dataclasses import fields
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..methods.method import SpectralConfig, methods
@@ -40,16 +41,25 @@ class AdapterConfigFile(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """As PEFT's; a local file of weights that cannot be read is refused before any model is touched."""
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        _check_readable(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+            _check_readable(folder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
 
-def _check_readable(path: str) -> None:
-    if not os.path.isfile(path):
-        return
+def _check_readable(folder: str) -> None:
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    pickled = os.path.join(folder, WEIGHTS_NAME)
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        if os.path.isfile(path):
+            with safe_open(path, framework="pt"):
+                return
+        path = pickled
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}. Save the adapter again."
+            )
+        if not zipfile.is_zipfile(path):
+            raise SafetensorError("not a whole zip file")
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or was cut short ({os.path.getsize(path)} bytes: {error}). Copy it again from its "

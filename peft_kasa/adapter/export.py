@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +163,7 @@ def _lora_config(
     model: Any, config: SpectralConfig, layers: dict[str, SpectralLinear], ranks: dict[str, int], extra: Any
 ) -> LoraConfig:
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    own = {name: rank for name, rank in ranks.items() if rank != usual}
+    own = {_pattern(name, layers): rank for name, rank in ranks.items() if rank != usual}
     return LoraConfig(
         r=usual,
         lora_alpha=usual,  # s is in B
@@ -177,6 +178,12 @@ def _lora_config(
         revision=config.revision,
         inference_mode=True,
     )
+
+
+def _pattern(name: str, layers: dict[str, SpectralLinear]) -> str:
+    """The name as a pattern that no other module matches: PEFT also matches what ends in it."""
+    longer = any(other.endswith(f".{name}") for other in layers)
+    return f"^{re.escape(name)}" if longer else name
 
 
 def _targets(model: nn.Module, layers: dict[str, SpectralLinear]) -> list[str]:

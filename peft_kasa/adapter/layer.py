@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Adapter:
     awaiting: bool = True  # its slots have no values yet: a file or the method's start will give them
     peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
     trained: bool = False  # a forward pass has asked for its gradients
+    masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
 
 
 class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
@@ -70,6 +71,8 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         living.add(self)  # copies and unpickled layers count too
+        for known in self.adapters.values():
+            known.trained = False
 
     # Values -----------------------------------------------------------------------------------------------------
 
@@ -88,6 +91,8 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
             learns = name in start.train
             holder = self.peft_kasa_learnt if learns else self.peft_kasa_frozen
             holder[adapter].register_parameter(name, nn.Parameter(empty, requires_grad=learns))
+            if learns:
+                self.adapters[adapter].masters[name] = empty
 
     @torch.no_grad()
     def begin(self, adapter: str, engine: Engine) -> None:
@@ -134,14 +139,17 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
     def slots(self, adapter: str) -> dict[str, Tensor]:
         """The adapter's tensors by slot name, its fingerprint of the base among them."""
         holders = (self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter])
-        return {name: value for holder in holders for name, value in holder.named_parameters()}
+        return {name: value for holder in holders for name, value in holder._parameters.items()}  # type: ignore[misc]
 
     def value(self, adapter: str) -> LowRank:
         """What learns, as it is now: left (m, k), core, right (k, n), differentiable."""
+        self.settle(adapter)
         return slot.value(self.slots(adapter))
 
     def lowrank(self, *adapters: str) -> LowRank:
         """The whole update of these adapters together, the base not included: exact, and of low rank."""
+        for name in adapters:
+            self.settle(name)
         parts = [slot.update(self.slots(name), self.adapters[name].scale) for name in adapters]
         if (cut := self._cut(adapters)) is not None:
             parts.append((-cut[0].float(), cut[1].float()))
@@ -197,8 +205,12 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
 
     def _cut(self, adapters: Any) -> slot.Factors | None:
         """What leaves the base for these adapters: cuts of one weight are nested, so the largest holds the others."""
-        cuts = [cut for name in adapters if (cut := slot.cut(self.slots(name))) is not None]
-        return max(cuts, key=lambda factors: factors[0].shape[1], default=None)
+        largest = None
+        for name in adapters:  # a plain loop: torch.compile breaks its graph at max(key=)
+            cut = slot.cut(self.slots(name))
+            if cut is not None and (largest is None or cut[0].shape[1] > largest[0].shape[1]):
+                largest = cut
+        return largest
 
     # PEFT's hooks -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ class Merging:
     """
 
     merge_rounding: float = 0.0
-    _restore: Callable[[], None] | None = None
+    _original: Any = None
 
     @torch.no_grad()
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -36,7 +35,7 @@ class Merging:
         merged = self.base.matrix() + update
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"{self.name}: merging {names} gives NaN or infinite entries. The adapter seems broken.")
-        self._restore = self.base.overwrite(merged, self)
+        self._original = self.base.overwrite(merged, self)
         self.merged_adapters = names
         lost = (self.base.matrix() - merged).norm() / update.norm()
         self.merge_rounding = lost.nan_to_num(posinf=0.0).item()
@@ -44,6 +43,6 @@ class Merging:
     @torch.no_grad()
     def unmerge(self: Any) -> None:
         """Puts the original weight back, bit for bit."""
-        if self._restore is not None:
-            self._restore()
-        self._restore, self.merged_adapters = None, []
+        if self.merged_adapters:
+            self.base.restore(self._original)
+        self._original, self.merged_adapters = None, []

@@ -8,7 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..spectral import Engine
-from .base_weight import keep_gradients
+from .base_weight import guard
 from .layer import SpectralLinear
 
 
@@ -39,6 +39,11 @@ def settle(model: nn.Module) -> None:
 
 def withdraw(model: nn.Module, adapter: str) -> None:
     """Takes an adapter out again; layers that have no other become the base layers they were."""
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter, None)
+    if not configs:
+        for module in model.modules():
+            module.__dict__.pop("peft_config", None)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, SpectralLinear)]:
         if adapter in layer.adapters:
             layer.forget(adapter)
@@ -46,4 +51,4 @@ def withdraw(model: nn.Module, adapter: str) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
     if not any(all_layers(model)):
-        keep_gradients(model, False)
+        guard(model, False)

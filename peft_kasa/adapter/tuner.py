@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from . import checkpoint
-from .base_weight import keep_gradients, unsupported
+from .base_weight import guard, unsupported
+from .fingerprint import FINGERPRINT
 from .layer import SpectralLinear
+from .slots import LEARNABLE
 from .starting import all_layers, begin, layers_of, settle, withdraw
 
 logger = logging.getLogger(__name__)
@@ -55,13 +57,14 @@ class SpectralModel(BaseTuner):
 
         On any error the model is left without the adapter.
         """
+        _check_name(adapter_name)
         settle(model)
         config: Any = self.peft_config[adapter_name]
         values_follow = config.from_file or low_cpu_mem_usage or state_dict is not None
         config.from_file = False  # told once: another adapter with this config starts afresh
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            keep_gradients(model)
+            guard(model)
             layers = list(layers_of(model, adapter_name))
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
@@ -114,23 +117,27 @@ class SpectralModel(BaseTuner):
                 withdraw(model, adapter_name)
             raise
         for layer in layers_of(model, adapter_name):
-            layer.adapters[adapter_name].awaiting = False
+            layer.adapters[adapter_name].awaiting = layer.on_meta(adapter_name)  # checked at first use then
         return mapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT; warns with what rounding to the base's storage lost, if that is notable."""
         settle(self.model)
+        if safe_merge:
+            _check_finite(list(all_layers(self.model)), adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         _report_rounding(list(all_layers(self.model)))
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, merge: bool = True, safe_merge: bool = False, **kwargs: Any) -> Any:
         settle(self.model)
         layers = list(all_layers(self.model))
+        if merge and safe_merge:
+            _check_finite(layers, kwargs.get("adapter_names"))
         if not merge:
             for layer in layers:
                 layer.unmerge()
-        keep_gradients(self.model, False)
-        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        guard(self.model, False)
+        model = super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs)
         _report_rounding(layers)
         return model
 
@@ -144,6 +151,26 @@ class SpectralModel(BaseTuner):
 
     def __repr__(self) -> str:
         return f"SpectralModel({self.model!r})"
+
+
+def _check_name(adapter: str) -> None:
+    """PEFT filters a state dict by `.<adapter>` in its keys, so a name that is also a slot's would lose tensors."""
+    slots = {*LEARNABLE, *(f"{slot}0" for slot in LEARNABLE), "cut_left", "cut_right", FINGERPRINT}
+    taken = adapter in slots or adapter in SpectralLinear.adapter_layer_names or hasattr(nn.ModuleDict(), adapter)
+    if taken or "." in adapter:
+        raise ValueError(
+            f"An adapter's name may not be a part of its tensors' names, nor have a dot. Found {adapter!r}: call it "
+            f"'{adapter.replace('.', '_')}_adapter', say."
+        )
+
+
+def _check_finite(layers: list[SpectralLinear], adapters: list[str] | None) -> None:
+    """Before anything is merged, so that nothing is merged by half."""
+    for layer in layers:
+        for adapter in (name for name in adapters or layer.active_adapters if name in layer.adapters):
+            for slot, value in layer.slots(adapter).items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{layer.name}: {slot} of adapter {adapter!r} has NaN or infinite entries.")
 
 
 def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

@@ -69,11 +69,16 @@ class KaSAConfig(SpectralConfig):
         count = rank if self.truncation is None else self.truncation
         if self.reference_truncation:
             count = max(min(m, n) - max(n - count, 0), 0)
-        require(count < min(m, n), f"truncation has to leave something of min(m, n) = {min(m, n)} triples", count)
+        require(
+            count < min(m, n),
+            f"truncation has to leave something of min(m, n) = {min(m, n)} triples (set it, or r)",
+            count,
+        )
         return count
 
     def _check(self) -> None:
         super()._check()
-        require(self.truncation is None or self.truncation >= 0, "truncation has to be at least 0", self.truncation)
+        whole = self.truncation is None or (type(self.truncation) is int and self.truncation >= 0)
+        require(whole, "truncation has to be a whole number of at least 0", self.truncation)
         require(self.beta >= 0 and self.gamma >= 0, "beta and gamma have to be at least 0", (self.beta, self.gamma))
         require(self.form in ("reference", "paper"), "form has to be 'reference' or 'paper'", self.form)

@@ -157,10 +157,14 @@ class SpectralConfig(PeftConfig):
 
     def _check(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
-            require(isinstance(rank, int) and rank >= 1, "r has to be a whole number of at least 1", rank)
+            require(type(rank) is int and rank >= 1, "r has to be a whole number of at least 1", rank)
         require(0 <= self.dropout < 1, "dropout has to be 0 <= dropout < 1", self.dropout)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            require(alpha is None or alpha > 0, "alpha has to be above 0", alpha)
+            number = isinstance(alpha, int | float) and alpha > 0
+            require(alpha is None or number, "alpha has to be a number above 0", alpha)
+        ignored = self.use_rslora and self.alpha is None and not self.alpha_pattern
+        require(not ignored, "use_rslora needs alpha (without it the scale is the method's own)", self.alpha)
+        require(isinstance(self.seed, int), "seed has to be a whole number", self.seed)
         require(self.reduction in ("mean", "sum"), "reduction has to be 'mean' or 'sum'", self.reduction)
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             layered = self.layers_to_transform is not None or self.layers_pattern is not None

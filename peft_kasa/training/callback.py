@@ -49,9 +49,16 @@ def restore_masters(model: nn.Module | None, args: Any = None) -> None:
         return
     for layer in all_layers(model):
         for adapter in layer.adapters:
-            for parameter in _learning(layer, adapter):
-                if parameter.dtype in (torch.bfloat16, torch.float16):
-                    parameter.data = parameter.data.float()
+            for name, parameter in layer.slots(adapter).items():
+                if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = _master(parameter, layer.adapters[adapter].masters.get(name))
+
+
+def _master(parameter: nn.Parameter, kept: torch.Tensor | None) -> torch.Tensor:
+    """The float32 values before the cast, where they are still at hand and are what was cast."""
+    if kept is not None and kept.device == parameter.device and torch.equal(kept.to(parameter.dtype), parameter.data):
+        return kept
+    return parameter.data.float()
 
 
 def install() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..adapter.layer import SpectralLinear, living
 from ..adapter.starting import all_layers, settle
@@ -49,7 +50,10 @@ def penalty(model: nn.Module, adapter: str | None = None) -> Tensor:
         terms = [(layer, adapter) for layer in all_layers(model) if adapter in layer.adapters]
         if not terms:
             raise ValueError(f"`adapter` has to be one of the family's in this model. Found {adapter!r}.")
-    return sum((_term(*term) for term in terms), torch.zeros(()))  # type: ignore[return-value]
+    values = [_term(*term) for term in terms]
+    return sum(
+        (value.to(values[0].device) for value in values), torch.zeros((), device=values[0].device if values else None)
+    )
 
 
 def install() -> None:
@@ -77,21 +81,23 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _terms(optimizer: Optimizer) -> list[Term]:
     """The layers and adapters whose regulariser is on and whose parameters this optimiser steps."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    terms = []
+    held = _held(optimizer)
+    terms, unheld = [], []
     for layer in living:
         for name in _regularized(layer):
             if any(id(parameter) in held for parameter in _learning(layer, name)):
                 terms.append((layer, name))
             elif layer.adapters[name].trained:
-                _suspect(layer, name)
+                unheld.append((layer, name))
     _claimed.update(layer for layer, _ in terms)
+    _suspect(unheld)
     return sorted(terms, key=lambda term: (term[0].name, term[1]))
 
 
 def _regularized(layer: SpectralLinear) -> list[str]:
     active = (name for name in layer.active_adapters if name in layer.adapters)
-    return [name for name in active if layer.adapters[name].config.regularizes and _learning(layer, name)]
+    known = ((name, layer.adapters[name]) for name in active)
+    return [name for name, a in known if a.config.regularizes and not a.awaiting and _learning(layer, name)]
 
 
 def _learning(layer: SpectralLinear, adapter: str) -> list[Tensor]:
@@ -101,25 +107,46 @@ def _learning(layer: SpectralLinear, adapter: str) -> list[Tensor]:
 def _term(layer: SpectralLinear, adapter: str) -> Tensor:
     known = layer.adapters[adapter]
     count = known.peers if known.config.reduction == "mean" else 1
-    return torch.as_tensor(known.config.penalty(layer.value(adapter))) / count
+    value = layer.value(adapter)
+    with torch.autocast(value.left.device.type, enabled=False):
+        return torch.as_tensor(known.config.penalty(value)) / count
 
 
-def _add_gradient(terms: list[Term], optimizer: Optimizer) -> Tensor:
-    """Adds the gradient to `.grad`, at the size that the optimiser will take it for; returns the penalty."""
+def _add_gradient(terms: list[Term], optimizer: Optimizer, with_value: bool = False) -> Tensor | float:
+    """Adds the gradient to the `.grad` of what this optimiser holds, at the size it will take it for; the penalty."""
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales by itself: GradScaler sets this
-    total = torch.zeros(())
+    held = _held(optimizer)
+    total = 0.0
     for layer, name in terms:
-        learning = _learning(layer, name)
+        learning = [p for p in _learning(layer, name) if id(p) in held and not _has_it(p)]
+        if not learning:
+            continue
         with torch.enable_grad():
             term = _term(layer, name)
             gradients = torch.autograd.grad(term, learning, allow_unused=True)
-        total = total + term.detach().to(total)
+        total = total + term.detach() if with_value else total
         for parameter, gradient in zip(learning, gradients, strict=True):
             if gradient is None:
                 continue
             gradient = (gradient if scale is None else gradient * scale.to(gradient)).to(parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            _added[parameter] = (TensorWeakRef(parameter.grad), parameter.grad._version)
     return total
+
+
+# Where it went, so that an optimiser inside another's step does not add it again: the gradient, and its version then.
+_added: Any = WeakTensorKeyDictionary()
+
+
+def _has_it(parameter: Tensor) -> bool:
+    if parameter.grad is None or parameter not in _added:
+        return False
+    gradient, version = _added[parameter]
+    return gradient() is parameter.grad and parameter.grad._version == version
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _regularized_closure(closure: Callable[[], Any], terms: list[Term], optimizer: Optimizer) -> Callable[[], Any]:
@@ -127,22 +154,19 @@ def _regularized_closure(closure: Callable[[], Any], terms: list[Term], optimize
 
     def regularized() -> Any:
         loss = closure()
-        added = _add_gradient(terms, optimizer)
-        return loss + added.to(loss) if isinstance(loss, Tensor) else loss
+        added = _add_gradient(terms, optimizer, with_value=True)
+        return loss + torch.as_tensor(added).to(loss) if isinstance(loss, Tensor) else loss
 
     return regularized
 
 
-def _suspect(layer: SpectralLinear, adapter: str) -> None:
-    """Warns at the second step by optimisers that none of which holds a layer that is being trained."""
-    if layer in _claimed or layer in _warned:
-        return
-    if layer not in _suspected:
-        _suspected.add(layer)
-        return
-    if not _warned:
-        warn_unheld([(layer, adapter)])
-    _warned.add(layer)
+def _suspect(unheld: list[Term]) -> None:
+    """Warns at the second step by optimisers none of which holds layers that are being trained; once for each layer."""
+    certain = [term for term in unheld if term[0] in _suspected and term[0] not in _claimed | _warned]
+    _suspected.update(layer for layer, _ in unheld)
+    if certain:
+        warn_unheld(certain)
+        _warned.update(layer for layer, _ in certain)
 
 
 def warn_unheld(terms: Iterable[Term]) -> None:
