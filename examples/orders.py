@@ -1,22 +1,19 @@
-"""The examples' task: turn an order written as one loose sentence into a small JSON record.
+"""The examples' task: turn an order written as one loose sentence into a short record.
 
-    Hi! could you send 3 kettles and a lamp to Ada Jensen in Oslo before the 14th of May?
-    {"name": "Ada Jensen", "city": "Oslo", "by": "05-14", "items": {"kettle": 3, "lamp": 1}}
+    Hi! Could you send 3 kettles and a lamp to Ada Jensen in Oslo before the 14th of May?
+    name: Ada Jensen; city: Oslo; by: 05-14; items: 3 kettle, 1 lamp
 
 The sentence fixes the record: counts become digits, plurals become singulars, dates become MM-DD, a message typed
 without capitals gets them back. Everything is made from a seed, so nothing has to be downloaded. The held-out orders
-come from people and to cities that no training order names; their goods, dates and wordings are the same kind.
+name people and cities that no training order names; their goods, dates and wordings are of the same kind.
 
     python examples/orders.py        # shows a few
 """
 
-import json
 import random
 from collections.abc import Sequence
-from typing import Any
 
-INSTRUCTION = "Write the order as JSON: name, city, by (MM-DD), items."
-FIELDS = ("name", "city", "by", "items")
+INSTRUCTION = "Write the order as name: ...; city: ...; by: MM-DD; items: ..."
 
 FIRST_NAMES = {
     "train": """Mary James Linda Robert Susan David Karen Peter Nora Thomas Alice George Emma Victor Julia Martin Helen
@@ -58,8 +55,8 @@ WORDINGS = (
     "I would like to order {items}. Send it to {name} in {city}, at the latest on {date}.",
 )
 
-Order = dict[str, Any]
-"""`text`: what the customer wrote; `record`: the expected answer, as JSON."""
+Order = dict[str, str]
+"""`text`: what the customer wrote; `record`: the expected answer."""
 
 
 def orders(n: int, seed: int, split: str = "train") -> list[Order]:
@@ -91,25 +88,26 @@ def messages(order: Order) -> dict[str, list[dict[str, str]]]:
 def score(answers: Sequence[str], expected: Sequence[Order]) -> tuple[float, float]:
     """The share of answers that are right to the letter, and the share of the four fields that are right."""
     exact = [answer == order["record"] for answer, order in zip(answers, expected, strict=True)]
-    fields = [_right_fields(answer, order) for answer, order in zip(answers, expected, strict=True)]
-    return sum(exact) / len(exact), sum(fields) / len(fields) / len(FIELDS)
+    right = [_right_fields(answer, order) for answer, order in zip(answers, expected, strict=True)]
+    return sum(exact) / len(exact), sum(right) / len(right) / 4
+
+
+def fields(record: str) -> dict[str, str]:
+    """The fields of a record: name, city, by, items."""
+    return dict(part.split(": ", 1) for part in record.strip().split("; ") if ": " in part)
 
 
 def _right_fields(answer: str, order: Order) -> int:
-    """How many of the four fields an answer has right: none if it is no JSON object."""
-    try:
-        got = json.loads(answer)
-    except ValueError:
-        return 0
-    expected = json.loads(order["record"])
-    return sum(got.get(field) == expected[field] for field in FIELDS) if isinstance(got, dict) else 0
+    """How many of the four fields an answer has right."""
+    got, expected = fields(answer), fields(order["record"])
+    return sum(got.get(field) == value for field, value in expected.items())
 
 
 def _order(rng: random.Random, split: str) -> Order:
     """One random order."""
     name = f"{_word(rng, FIRST_NAMES[split])} {_word(rng, LAST_NAMES[split])}"
     city = _word(rng, CITIES[split])
-    items = {item: _count(rng) for item in rng.sample(GOODS.split(), rng.choice((1, 2, 2)))}
+    items = {item: _count(rng) for item in rng.sample(GOODS.split(), rng.choice((1, 1, 2)))}
     month, day = rng.randrange(12), rng.randint(1, 28)
     sentence = rng.choice(WORDINGS).format(
         items=_in_words(rng, items), name=name, city=city, date=_date(rng, day, MONTHS.split()[month])
@@ -119,8 +117,9 @@ def _order(rng: random.Random, split: str) -> Order:
     text += rng.choice(CLOSINGS)
     if rng.random() < 0.2:
         text = text.lower()
-    record = {"name": name, "city": city, "by": f"{month + 1:02d}-{day:02d}", "items": items}
-    return {"text": text, "record": json.dumps(record)}
+    in_digits = ", ".join(f"{count} {item}" for item, count in items.items())
+    record = f"name: {name}; city: {city}; by: {month + 1:02d}-{day:02d}; items: {in_digits}"
+    return {"text": text, "record": record}
 
 
 def _word(rng: random.Random, words: str) -> str:
@@ -151,11 +150,11 @@ def _date(rng: random.Random, day: int, month: str) -> str:
 
 def _names(rows: Sequence[Order]) -> set[str]:
     """Every first and every last name in the records."""
-    return {name for row in rows for name in json.loads(row["record"])["name"].split()}
+    return {name for row in rows for name in fields(row["record"])["name"].split()}
 
 
 def _cities(rows: Sequence[Order]) -> set[str]:
-    return {json.loads(row["record"])["city"] for row in rows}
+    return {fields(row["record"])["city"] for row in rows}
 
 
 def _texts(rows: Sequence[Order]) -> set[str]:

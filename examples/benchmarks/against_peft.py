@@ -3,8 +3,8 @@
     python examples/benchmarks/against_peft.py
 
 Times are medians of alternating runs. What is compared: whether the base is the base again when the adapter is
-disabled, what is on a 4-bit base, the time to wrap and to reload, whether a plain LoRA of it is right on the original base, the
-time of a training step, and the gradient on a 4-bit base once an evaluation has run.
+disabled, what is on a 4-bit base, the time to wrap and to reload, whether a plain LoRA of it is right on the original
+base, the time of a training step, and the gradient on a 4-bit base once an evaluation has run.
 """
 
 from __future__ import annotations

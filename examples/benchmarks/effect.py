@@ -160,6 +160,32 @@ def trainer(trainer_class: Any, arguments_class: Any, dataset: Any, accumulate: 
     return step
 
 
+def travelled(trainer: Any, steps: int = 1000, lr: float = 2e-5) -> float:
+    """How far the trainer's own AdamW takes what learns under a steady random gradient, over what float32 covers."""
+    parameters = learning(trainer.model)
+    trainer.create_optimizer()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert {id(parameter) for parameter in parameters} <= held, "the optimiser has lost the parameters"
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.empty(p.shape).normal_(generator=generator).to(p.device) for p in parameters]
+    start = [parameter.detach().clone().float() for parameter in parameters]
+    exact = [value.clone().requires_grad_() for value in start]
+    reference = torch.optim.AdamW(exact, lr=lr, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group.update(lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        for parameter, twin, gradient in zip(parameters, exact, gradients, strict=True):
+            parameter.grad, twin.grad = gradient.to(parameter.dtype), gradient.clone()
+        optimizer.step()
+        reference.step()
+    moved, should = (
+        sum((value.detach().float() - begun).square().sum() for value, begun in zip(values, start, strict=True)).sqrt()
+        for values in (parameters, exact)
+    )
+    return (moved / should).item()
+
+
 def ddp(make: Callable[[], Any], batches: list[torch.Tensor], processes: int = 2) -> tuple[float, float]:
     """`effect` under DistributedDataParallel; `make` builds the model in each process. The worst of the ranks."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:

