@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback
 
 from peft_kasa import penalty
@@ -45,7 +47,8 @@ def effect(model: Any, step: Step) -> tuple[float, float]:
         twin = copy.deepcopy(model)
         switch(twin, on)
         step(twin)
-        after.append(torch.cat([parameter.detach().flatten() for parameter in learning(twin)]))
+        values = (value.full_tensor() if isinstance(value, DTensor) else value for value in learning(twin))
+        after.append(torch.cat([value.detach().flatten() for value in values]))
     effective = after[1] - after[0]
     ratio = (effective @ intended / (intended @ intended)).item()
     return ratio, ((effective - ratio * intended).norm() / intended.norm()).item()
@@ -186,23 +189,30 @@ def travelled(trainer: Any, steps: int = 1000, lr: float = 2e-5) -> float:
     return (moved / should).item()
 
 
-def ddp(make: Callable[[], Any], batches: list[torch.Tensor], processes: int = 2) -> tuple[float, float]:
-    """`effect` under DistributedDataParallel; `make` builds the model in each process. The worst of the ranks."""
+def ddp(
+    make: Callable[[], Any], batches: list[torch.Tensor], processes: int = 2, shard: bool = False
+) -> tuple[float, float]:
+    """`effect` under DistributedDataParallel, or FSDP2 with `shard`. `make` builds the model in each process."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(_rank, (processes, port, make, batches, folder), processes)
+        mp.spawn(_rank, (processes, port, make, batches, folder, shard), processes)
         found = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(processes)]
     return max(found, key=lambda pair: abs(pair[0] - 1))
 
 
-def _rank(rank: int, processes: int, port: int, make: Callable[[], Any], batches: list[torch.Tensor], out: str) -> None:
+def _rank(
+    rank: int, processes: int, port: int, make: Callable[[], Any], batches: list[torch.Tensor], out: str, shard: bool
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
 
     def step(model: nn.Module) -> None:
-        wrapped = nn.parallel.DistributedDataParallel(model)
+        if shard:
+            for block in model.base_model.model.model.layers:
+                fully_shard(block)
+        wrapped = fully_shard(model) if shard else nn.parallel.DistributedDataParallel(model)
         optimizer = sgd(model)
         backward(wrapped.train(), batches[rank::processes], lambda loss: loss)
         optimizer.step()

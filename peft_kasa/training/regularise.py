@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ..adapter.layer import SpectralLinear, living
+from ..adapter.layer import Adapter, SpectralLinear, living
+from ..adapter.slots import LEARNABLE
 from ..adapter.starting import all_layers, settle
+from ..spectral import LowRank
 
 Term = tuple[SpectralLinear, str]  # a layer and one of its adapters
 
@@ -105,33 +108,72 @@ def _learning(layer: SpectralLinear, adapter: str) -> list[Tensor]:
 
 
 def _term(layer: SpectralLinear, adapter: str) -> Tensor:
-    known = layer.adapters[adapter]
+    return _penalties(layer.adapters[adapter], _value(layer, adapter))
+
+
+def _penalties(known: Adapter, value: LowRank) -> Tensor:
+    """The regulariser of one module, or of each of several alike, stacked along a first dimension."""
     count = known.peers if known.config.reduction == "mean" else 1
-    value = layer.value(adapter)
+    penalty_of = known.config.penalty if value.left.ndim == 2 else torch.vmap(known.config.penalty)
     with torch.autocast(value.left.device.type, enabled=False):
-        return torch.as_tensor(known.config.penalty(value)) / count
+        return torch.as_tensor(penalty_of(value)) / count  # type: ignore[arg-type]
+
+
+def _value(layer: SpectralLinear, adapter: str) -> LowRank:
+    """What learns, gathered where it is sharded."""
+    return LowRank(*(part.full_tensor() if isinstance(part, DTensor) else part for part in layer.value(adapter)))
 
 
 def _add_gradient(terms: list[Term], optimizer: Optimizer, with_value: bool = False) -> Tensor | float:
     """Adds the gradient to the `.grad` of what this optimiser holds, at the size it will take it for; the penalty."""
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales by itself: GradScaler sets this
     held = _held(optimizer)
-    total = 0.0
-    for layer, name in terms:
-        learning = [p for p in _learning(layer, name) if id(p) in held and not _has_it(p)]
-        if not learning:
-            continue
-        with torch.enable_grad():
-            term = _term(layer, name)
-            gradients = torch.autograd.grad(term, learning, allow_unused=True)
-        total = total + term.detach() if with_value else total
-        for parameter, gradient in zip(learning, gradients, strict=True):
-            if gradient is None:
-                continue
-            gradient = (gradient if scale is None else gradient * scale.to(gradient)).to(parameter.dtype)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            _added[parameter] = (TensorWeakRef(parameter.grad), parameter.grad._version)
+    total: Tensor | float = 0.0
+    for alike in _alike(terms):
+        value, gradients = _gradients(alike)
+        total = total + value if with_value else total
+        for index, (layer, name) in enumerate(alike):
+            slots = layer.slots(name)
+            for slot, gradient in zip(LEARNABLE, gradients, strict=True):
+                parameter = slots.get(slot)
+                if gradient is None or parameter is None or id(parameter) not in held or _has_it(parameter):
+                    continue
+                added = gradient[index] if scale is None else gradient[index] * scale.to(gradient)
+                _add(parameter, added)
     return total
+
+
+def _alike(terms: list[Term]) -> list[list[Term]]:
+    """Terms by shape, place and config: those of a group are computed at once, hundreds of small ones being slow."""
+    groups: dict[Any, list[Term]] = {}
+    for layer, name in terms:
+        known, slots = layer.adapters[name], layer.slots(name)
+        device = next(iter(slots.values())).device
+        key = (id(known.config), known.peers, known.rank, layer.in_features, layer.out_features, device)
+        groups.setdefault(key, []).append((layer, name))
+    return list(groups.values())
+
+
+def _gradients(alike: list[Term]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The penalty of a group, and its gradient by left, core and right, each with a first dimension for the terms.
+
+    By the values is by the slots: a slot is its value, or its difference to a constant.
+    """
+    layer, name = alike[0]
+    with torch.no_grad():
+        values = [_value(*term) for term in alike]
+    with torch.enable_grad():
+        stacked = LowRank(*(torch.stack(parts).requires_grad_() for parts in zip(*values, strict=True)))
+        total = _penalties(layer.adapters[name], stacked).sum()
+        return total.detach(), torch.autograd.grad(total, stacked, allow_unused=True)
+
+
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    gradient = gradient.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+    parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
+    _added[parameter] = (TensorWeakRef(parameter.grad), parameter.grad._version)
 
 
 # Where it went, so that an optimiser inside another's step does not add it again: the gradient, and its version then.
