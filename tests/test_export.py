@@ -138,6 +138,14 @@ def test_bad_arguments(tiny: str, tmp_path: Path) -> None:
         export_lora(model, tmp_path, rank=0)
 
 
+def test_the_adapters_own_folder_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
+    model = trained(MEMBERS[1], tiny)
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="holds an adapter of the family: export to another folder"):
+        export_lora(model, tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(tiny), str(tmp_path))), logits(model))
+
+
 def test_a_rank_that_no_server_takes_is_refused(tmp_path: Path) -> None:
     wide = torch.nn.Sequential(torch.nn.Linear(300, 300))
     model = get_peft_model(wide, MEMBERS[1].config(r=260, target_modules=["0"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import replacing
 from ..methods.method import SpectralConfig, require
-from ..peft_type import PREFIX
+from ..peft_type import NAME, PREFIX
 from ..spectral import LowRank
 from .layer import SpectralLinear
 from .starting import settle
@@ -119,13 +120,23 @@ def export_lora(
         ...     print(export_lora(model, folder))
         LoRA of rank 4 for 1 modules, exact; vLLM: --max-lora-rank 8
     """
+    _refuse_to_replace(os.path.join(path, CONFIG_NAME))
     lora, tensors, report = to_lora(model, adapter, rank, uniform)
     with replacing(os.path.join(path, SAFETENSORS_WEIGHTS_NAME)) as folder:
         save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-    with replacing(os.path.join(path, "adapter_config.json")) as folder:
+    with replacing(os.path.join(path, CONFIG_NAME)) as folder:
         lora.save_pretrained(folder)
     report.path = os.fspath(path)
     return report
+
+
+def _refuse_to_replace(config: str) -> None:
+    """An adapter's own folder would lose the adapter: a LoRA cannot be turned back."""
+    if not os.path.isfile(config):
+        return
+    with open(config) as file:
+        held = json.load(file).get("peft_type")
+    require(held != NAME, f"{os.path.dirname(config)} holds an adapter of the family: export to another folder", held)
 
 
 def _adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:

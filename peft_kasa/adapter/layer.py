@@ -74,8 +74,6 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
         for known in self.adapters.values():
             known.trained = False
 
-    # Values -----------------------------------------------------------------------------------------------------
-
     def reserve(self, adapter: str, config: SpectralConfig, rank: int, scale: float) -> None:
         """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
         m, n = self.out_features, self.in_features
@@ -170,8 +168,6 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
         self.base.unpack()
         return state
 
-    # Forward ----------------------------------------------------------------------------------------------------
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -211,8 +207,6 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
             if cut is not None and (largest is None or cut[0].shape[1] > largest[0].shape[1]):
                 largest = cut
         return largest
-
-    # PEFT's hooks -----------------------------------------------------------------------------------------------
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves, and unlike PEFT's own does not cast: masters stay float32."""
