@@ -9,6 +9,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,11 +55,8 @@ def _convert(source: Path, target: Path) -> None:
     """Write the GGUF model in `source` as a plain float32 Transformers folder in `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    bars_were_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with redirect_stderr(StringIO()):  # three progress bars
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
         # The weights are plain float32 now; without these two lines the model would still be taken for a quantised one.
@@ -66,9 +65,6 @@ def _convert(source: Path, target: Path) -> None:
             del model.config.quantization_config
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    finally:
-        if bars_were_on:
-            logging.enable_progress_bar()
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
