@@ -24,6 +24,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # else torch slows down tenfold where another program needs a core too
+
 import torch
 from base_model import smollm2
 from orders import Order, messages, score, train_and_held_out
@@ -63,7 +66,6 @@ EVAL_BATCH = 16
 
 def main() -> None:
     args = parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names that TRL still uses
     warnings.filterwarnings(
         "ignore", message="The base is not the one"
