@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-export OMP_WAIT_POLICY := passive  # threads that spin cost minutes where cores are shared
+# Threads that spin while they wait cost minutes where cores are shared.
+export GOMP_SPINCOUNT := 1000
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test bench clean
