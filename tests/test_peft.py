@@ -227,3 +227,24 @@ def test_bad_arguments_are_refused(member: Member, given: dict[str, object], sai
 def test_the_base_of_the_family_is_not_a_method() -> None:
     with pytest.raises(TypeError, match="Use a method's config"):
         SpectralConfig()
+
+
+@each_member
+def test_trained_tokens_are_saved_and_loaded(member: Member, tiny: str, tmp_path: Path) -> None:
+    """TRL trains added tokens this way."""
+    model = get_peft_model(load(tiny), member.config(trainable_token_indices={"embed_tokens": [1, 2]}))
+    move(model)
+    model.save_pretrained(str(tmp_path))
+    assert torch.equal(logits(PeftModel.from_pretrained(load(tiny), str(tmp_path))), logits(model))
+
+
+def test_modules_with_adapters_of_another_kind_are_left_alone(tiny: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = load(tiny)
+        model.model.norm.adapters = {"default": "somebody else's"}
+        return model
+
+    model = get_peft_model(base(), PiSSAConfig(r=2, target_modules=["q_proj"]))
+    move(model)
+    model.save_pretrained(str(tmp_path))
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), str(tmp_path))), logits(model))

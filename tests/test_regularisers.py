@@ -264,3 +264,11 @@ def test_the_trainer_warns_and_logs(member: Member, tiny: str, tmp_path: Any) ->
     schedule = torch.optim.lr_scheduler.LambdaLR(foreign, lambda _: 1.0)
     with pytest.warns(UserWarning, match="are in no optimiser that steps"):
         Trainer(model, arguments, train_dataset=DATA, optimizers=(foreign, schedule)).train()
+
+
+@each_regularized
+def test_gradients_it_makes_do_not_share_memory(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny), member.config(**STRONG[member.name]))
+    effect.sgd(model).step()
+    made = [parameter.grad for parameter in learning(model) if parameter.grad is not None]
+    assert len({gradient.untyped_storage().data_ptr() for gradient in made}) == len(made) > 0

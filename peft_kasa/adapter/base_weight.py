@@ -104,7 +104,7 @@ class BaseWeight:
         return bnb.dequantize_4bit(nibbles, state)
 
 
-# Scales of 4-bit weights that no adapter wraps, with the weight they belong to.
+# The scales of 4-bit weights from before any repacking, with the weight they belong to.
 _kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 

@@ -25,9 +25,10 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: keys that are missing or that nothing takes, another shape, NaN, or another base.
     """
-    layers: dict[str, Any] = {
-        path: module for path, module in model.named_modules() if adapter in getattr(module, "adapters", ())
+    ours: dict[str, Any] = {
+        path: module for path, module in model.named_modules() if hasattr(module, PREFIX + "learnt")
     }
+    layers = {path: layer for path, layer in ours.items() if adapter in layer.adapters}
     expected = {
         f"{path}.{key}": (layer.name, key.rpartition(".")[2], tuple(value.shape))
         for path, layer in layers.items()

@@ -172,7 +172,7 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
     gradient = gradient.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
-    parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
+    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
     _added[parameter] = (TensorWeakRef(parameter.grad), parameter.grad._version)
 
 
