@@ -81,6 +81,20 @@ def test_an_evaluation_does_not_change_the_gradients(targets: object, double: bo
     assert torch.equal(*gradients)
 
 
+def test_an_evaluation_does_not_change_gradients_in_evaluation_mode(tiny: str) -> None:
+    """As attribution methods take them: the layers unpack because a gradient is asked for, not because they train."""
+    gradients = []
+    for evaluated in (False, True):
+        model = get_peft_model(load(tiny, "nf4"), PiSSAConfig(target_modules="all-linear"))
+        move(model)
+        if evaluated:
+            logits(model)
+        ids = torch.arange(8)[None]
+        model.eval()(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in learning(model)]))
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nf4 single"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
 def test_taking_a_state_dict_does_not_change_the_base(kind: str, targets: object, tiny: str) -> None:
