@@ -101,7 +101,7 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
                 f"{self.name}: the base weight is on the meta device (offloaded, or not loaded yet), so {adapter!r} "
                 "cannot start from it. Load the base onto a device first."
             )
-        if bad := int((~torch.isfinite(weight)).sum()):
+        if not torch.isfinite(torch.linalg.vector_norm(weight)) and (bad := int((~torch.isfinite(weight)).sum())):
             raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
         values = slot.pack(self._start(adapter, weight, engine))
         values[FINGERPRINT] = sketch(self.base.matrix(as_repacked=True))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..spectral import Engine
+from ..spectral.sweep import Job, sweep
 from .base_weight import guard
 from .layer import SpectralLinear
 
@@ -23,11 +24,22 @@ def layers_of(model: nn.Module, adapter: str) -> Iterator[SpectralLinear]:
 
 
 def begin(layers: list[SpectralLinear], adapter: str) -> None:
-    """Runs the method's start in each layer, behind a progress bar (none where there is no terminal)."""
+    """Runs the method's start in each layer: several at a time, shared between ranks, behind a progress bar."""
     engine = Engine()
     method = layers[0].adapters[adapter].config.name if layers else ""
-    for layer in tqdm(layers, desc=f"{method}: decomposing", unit="module", leave=False, disable=None):
-        layer.begin(adapter, engine)
+    jobs = [
+        Job(
+            layer.name,
+            (layer.out_features, layer.in_features),
+            layer.base_layer.weight.device,
+            partial(layer.begin, adapter, engine),
+            list(layer.slots(adapter).values()),
+        )
+        for layer in layers
+    ]
+    sweep(jobs, f"{method}: decomposing")
+    for layer in layers:
+        layer.adapters[adapter].awaiting = False  # those that another rank computed too
 
 
 def settle(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ class Site(NamedTuple):
         if self.weight.is_meta:
             m, n = self.weight.shape
             return Spectrum(*(self.weight.new_empty(shape) for shape in ((m, k), (k,), (k, n))))
-        return self.engine(self.weight, k, end)
+        return self.engine(self.weight, k, end, self.name)
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros on the weight's device."""

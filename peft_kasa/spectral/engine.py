@@ -1,32 +1,48 @@
-"""The verb: one weight to a cut of its spectrum."""
+"""The verb: a weight, or a model's weights, to cuts of their spectra."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from . import rules
+from .algorithms import ALGORITHMS, Operator, error
+from .cache import located
 from .spectrum import Spectrum
+from .sweep import Job, sweep
+from .threads import limited
 
 logger = logging.getLogger(__name__)
 
 End = Literal["top", "bottom"]
+SAFE = (1e-10, 1e10)  # norms outside are brought to about one: their squares would leave float32
 
 
+@dataclass(frozen=True)
 class Engine:
-    """Computes the top or the bottom k singular triples of a matrix.
+    """Computes the top or the bottom k singular triples of a matrix, or of all matrices of a model.
 
-    The method is the plain one: the Gram matrix of the smaller side and its eigenvectors in float64, then an SVD of the
-    skinny product, on one thread, so that the same weight gives the same bits on one device. It costs
-    O(min(m, n)^2 max(m, n)). The answer's residual `|W^T u - s v| / |W|` is measured; above
-    `tolerance` (where the condition number squared exceeds float64) a full float64 SVD is taken and this is logged.
+    The algorithm follows from the shape, k and the end (`peft_kasa.spectral.rules`). Every answer is measured; where it
+    misses the gate the next, slower algorithm runs and this is logged, down to LAPACK in float64.
+    The same weight, settings and name give the same bits on one device.
 
     Args:
-        tolerance: the largest residual accepted from the fast way, relative to the Frobenius norm of the matrix.
+        algorithm: "auto", or a name in `peft_kasa.spectral.algorithms.ALGORITHMS` to begin with.
+        precision: dtype of the answer. The work is the same.
+        device: where to compute. None: where the weight is (on MPS, which has no float64: the CPU).
+        seed: of the random starts, together with the name given to each weight.
+        tolerance: the gate: max |W^T u - s v| over the triples, relative to the largest s among them.
+        cache: a folder that keeps results, True for the default one, False for none. None: `PEFT_KASA_CACHE` says.
+        workers: how many weights of a model at a time. None: as many as the threads that torch may use allow, up to 8.
+        progress: whether `many` shows a progress bar. None: on a terminal.
 
     Example:
         >>> import torch
@@ -35,46 +51,138 @@ class Engine:
         >>> bottom = Engine()(weight, 1, end="bottom")
         >>> torch.allclose(bottom.s, torch.linalg.svdvals(weight)[-1:])
         True
+        >>> Engine().many({"a": weight, "b": weight.T}, 2)
+        {'a': Spectrum(6 x 2 x 4), 'b': Spectrum(4 x 2 x 6)}
     """
 
-    def __init__(self, tolerance: float = 1e-9) -> None:
-        self.tolerance = tolerance
+    algorithm: str = "auto"
+    precision: Literal["float32", "float64"] = "float32"
+    device: str | torch.device | None = None
+    seed: int = 0
+    tolerance: float = 1e-5
+    cache: str | Path | bool | None = None
+    workers: int | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        known = ("auto", *ALGORITHMS)
+        if self.algorithm not in known:
+            raise ValueError(f"`algorithm` has to be one of {', '.join(known)}. Found {self.algorithm!r}.")
+        if self.precision not in ("float32", "float64"):
+            raise ValueError(f"`precision` has to be 'float32' or 'float64'. Found {self.precision!r}.")
+        if not self.tolerance >= 0:
+            raise ValueError(f"`tolerance` has to be >= 0. Found {self.tolerance}.")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"`workers` has to be >= 1. Found {self.workers}.")
 
     @torch.no_grad()
-    def __call__(self, w: Tensor, k: int, end: End = "top") -> Spectrum:
-        """The k largest (`end="top"`) or smallest (`end="bottom"`) triples of `w`, as float32 on its device.
+    def __call__(self, w: Tensor, k: int, end: End = "top", name: str = "") -> Spectrum:
+        """The k largest (`end="top"`) or smallest (`end="bottom"`) triples of `w`, on its device.
 
         Args:
             w: (m, n), floating point, finite, not on the meta device.
             k: 0 <= k <= min(m, n).
             end: which end of the spectrum.
+            name: of the weight: it enters the seed and the log.
 
         Raises:
             ValueError: the rule, what was found, and what to do.
         """
         _check(w, k, end)
-        device = torch.device("cpu") if w.device.type == "mps" else w.device  # MPS has no float64
-        wide = w.to(device, torch.float64)
-        with _one_thread():
-            cut = _by_gram(wide, k, end)
-            if (residual := _residual(wide, cut)) > self.tolerance:
-                logger.info("residual %.1e above %.1e: taking a full float64 SVD instead", residual, self.tolerance)
-                cut = _by_svd(wide, k, end)
-        return Spectrum(*(part.to(w.device, torch.float32) for part in cut.signed()))
+        chain = self._chain(w.shape[0], w.shape[1], k, end)
+        dtype = getattr(torch, self.precision)
+        if k == 0:
+            m, n = w.shape
+            return Spectrum(*(w.new_empty(shape, dtype=dtype) for shape in ((m, 0), (0,), (0, n))))
+        cache = located(self.cache)
+        key = cache.key(w, self._settings(k, end, name)) if cache else ""
+        found = cache.load(key, shape=(w.shape[0], w.shape[1]), k=k) if cache else None
+        if found is None:
+            cut, missed, algorithm = self._computed(w, k, end, name, chain)
+            if cache:
+                cache.store(key, cut, missed, {"end": end, "algorithm": algorithm})
+        else:
+            cut = found[0]
+        return Spectrum(*(part.to(w.device, dtype) for part in cut))
 
-    def __repr__(self) -> str:
-        return f"Engine(tolerance={self.tolerance:g})"
+    def many(self, weights: Mapping[str, Tensor], k: int, end: End = "top") -> dict[str, Spectrum]:
+        """The cuts of many weights by name, several at a time; under torch.distributed each rank computes its share.
 
+        Args:
+            weights: (m, n) each, as for one; under torch.distributed the same on every rank.
+            k: 0 <= k <= min(m, n) of each.
+            end: which end of the spectrum.
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK gives other bits with another thread count, and on shared cores its spinning threads cost it minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        Raises:
+            ValueError: as for one, with the weight's name.
+        """
+        dtype = getattr(torch, self.precision)
+        cuts = {
+            name: Spectrum(*(w.new_empty(shape, dtype=dtype) for shape in ((len(w), k), (k,), (k, w.shape[1]))))
+            for name, w in weights.items()
+        }
+
+        def run(name: str) -> None:
+            try:
+                cut = self(weights[name], k, end, name)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            for empty, part in zip(cuts[name], cut, strict=True):
+                empty.copy_(part)
+
+        jobs = [
+            Job(name, (w.shape[0], w.shape[1]), w.device, lambda name=name: run(name), list(cuts[name]))  # type: ignore[misc]
+            for name, w in weights.items()
+        ]
+        sweep(jobs, "decomposing", self.workers, self.progress)
+        return cuts
+
+    def _chain(self, m: int, n: int, k: int, end: str) -> tuple[str, ...]:
+        chain = rules.chain(m, n, k, end)
+        if self.algorithm == "auto":
+            return chain
+        if misfit := rules.misfit(self.algorithm, m, n, k, end):
+            raise ValueError(f"{misfit}. Found shape {(m, n)}, k = {k}, end {end!r}. Leave `algorithm` at 'auto'.")
+        return (self.algorithm, *(name for name in ("gram", "lapack64") if name != self.algorithm))
+
+    def _settings(self, k: int, end: str, name: str) -> dict[str, object]:
+        return {"k": k, "end": end, "algorithm": self.algorithm, "tolerance": self.tolerance, "seed": self._seed(name)}
+
+    def _seed(self, name: str) -> int:
+        return zlib.crc32(f"{self.seed} {name}".encode())
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(name))
+
+    def _computed(self, w: Tensor, k: int, end: str, name: str, chain: tuple[str, ...]) -> tuple[Spectrum, float, str]:
+        """The cut in float64, its error, and the algorithm that it came from."""
+        device = torch.device(self.device or w.device)
+        w = w.detach().to("cpu" if device.type == "mps" else device)
+        w, exponent = _scaled(w)
+        tag = f"{name}: " if name else ""
+        with limited(rules.threads(*w.shape)):
+            op = Operator(w)
+            if op.norm == 0:
+                return _of_zero(w, k), 0.0, "none"
+            for algorithm in chain:
+                last = algorithm == chain[-1]
+                try:
+                    found = ALGORITHMS[algorithm](op, k, end, self.tolerance, self._generator(name))
+                    missed = error(op, found)
+                except torch.linalg.LinAlgError as failure:
+                    if last:
+                        raise
+                    logger.info("%s%s failed (%s), trying a slower algorithm", tag, algorithm, failure)
+                    continue
+                if missed <= self.tolerance:
+                    break
+                then = "and there is nothing more exact" if last else "trying a slower algorithm"
+                logger.log(
+                    logging.WARNING if last else logging.INFO,
+                    *("%s%s: error %.1e above %.1e, %s", tag, algorithm, missed, self.tolerance, then),
+                )
+        cut = Spectrum(found.v.T, found.s, found.u) if op.turned else Spectrum(found.u.T, found.s, found.v)
+        return cut.scaled(2.0**exponent).signed(), missed, algorithm
 
 
 def _check(w: Tensor, k: int, end: str) -> None:
@@ -86,30 +194,23 @@ def _check(w: Tensor, k: int, end: str) -> None:
         raise ValueError(f"The rank has to be 0 <= k <= min{tuple(w.shape)} = {min(w.shape)}. Found {k}.")
     if end not in ("top", "bottom"):
         raise ValueError(f"`end` has to be 'top' or 'bottom'. Found {end!r}.")
-    if not torch.isfinite(w).all():
-        raise ValueError(f"`w` has to be finite. Found {int((~torch.isfinite(w)).sum())} NaN or infinite entries.")
 
 
-def _by_gram(w: Tensor, k: int, end: End) -> Spectrum:
-    scale = w.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # keeps the squares in range
-    tall = (w if w.shape[0] >= w.shape[1] else w.T) / scale
-    basis = torch.linalg.eigh(tall.T @ tall).eigenvectors  # ascending eigenvalues
-    basis = basis[:, :k] if end == "bottom" else basis[:, basis.shape[1] - k :]
-    u, s, vt = torch.linalg.svd(tall @ basis, full_matrices=False)
-    v = vt @ basis.T
-    return Spectrum(u, s * scale, v) if tall.shape == w.shape else Spectrum(v.T, s * scale, u.T)
+def _scaled(w: Tensor) -> tuple[Tensor, int]:
+    """The weight times a power of two that brings its norm to about one, if it is tiny or huge; and the exponent."""
+    norm = torch.linalg.vector_norm(w).item()  # one pass: NaN, infinite entries and overflow all show in it
+    if SAFE[0] < norm < SAFE[1]:
+        return w, 0
+    if bad := int((~torch.isfinite(w)).sum()):
+        raise ValueError(f"`w` has to be finite. Found {bad} NaN or infinite entries.")
+    largest = w.abs().max().item()
+    if largest == 0:
+        return w, 0
+    exponent = math.frexp(largest)[1]
+    return torch.ldexp(w.double(), torch.tensor(-exponent)), exponent
 
 
-def _by_svd(w: Tensor, k: int, end: End) -> Spectrum:
-    u, s, v = torch.linalg.svd(w, full_matrices=False)
-    part = slice(0, k) if end == "top" else slice(len(s) - k, len(s))
-    return Spectrum(u[:, part], s[part], v[part])
-
-
-def _residual(w: Tensor, cut: Spectrum) -> float:
-    norm = w.norm()
-    if norm == 0 or len(cut.s) == 0:
-        return 0.0
-    back = (w.T @ cut.u - cut.v.T * cut.s).norm()
-    forth = (w @ cut.v.T - cut.u * cut.s).norm()
-    return (torch.maximum(back, forth) / norm).item()
+def _of_zero(w: Tensor, k: int) -> Spectrum:
+    m, n = w.shape
+    unit = torch.eye(max(m, n), k, dtype=torch.float64, device=w.device)
+    return Spectrum(unit[:m], unit.new_zeros(k), unit[:n].T)

@@ -1,0 +1,75 @@
+"""A weight as the algorithms see it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # entries of the weight that are widened to float64 at a time: 8 MB
+SMALL = 1 << 21  # entries up to which a float64 copy is kept instead: 16 MB
+
+
+class Operator:
+    """A matrix turned so that it is tall, A (m, n) with m >= n, multiplied with blocks in the dtype of the block.
+
+    Blocks hold their vectors as rows, (d, n): on a CPU, products in float64 are up to three times faster so. A float64
+    block meets the weight in float64, some rows of the weight at a time: no float64 copy of a large weight is held.
+
+    Args:
+        w: floating point, any shape (rows, columns); its norm neither tiny nor huge.
+    """
+
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
+        self.turned = w.shape[0] < w.shape[1]
+        self.m, self.n = max(w.shape), min(w.shape)
+        self.single = w.to(torch.float32)
+        self.norm = torch.linalg.vector_norm(self.single).item()
+        self._double = w.double() if w.numel() <= SMALL else None
+
+    @property
+    def tall(self) -> Tensor:
+        """A itself in float32, a view of the weight."""
+        return self.single.T if self.turned else self.single
+
+    def up(self, x: Tensor) -> Tensor:
+        """A x for each row x: (d, n) -> (d, m)."""
+        return self._from_rows(x) if self.turned else self._to_rows(x)
+
+    def down(self, y: Tensor) -> Tensor:
+        """A^T y for each row y: (d, m) -> (d, n)."""
+        return self._to_rows(y) if self.turned else self._from_rows(y)
+
+    def gram(self) -> Tensor:
+        """A^T A in float32, (n, n): the lower triangle block by block, then mirrored, at 9/16 of the full cost."""
+        blocks = 8 if self.n >= 512 else 1
+        edges = [self.n * i // blocks for i in range(blocks + 1)]
+        out = self.single.new_empty(self.n, self.n)
+        for low, high in pairwise(edges):
+            torch.mm(self.tall[:, low:high].T, self.tall[:, :high], out=out[low:high, :high])
+            out[:low, low:high] = out[low:high, :low].T
+        return out
+
+    def _to_rows(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        if x.dtype == torch.float32:
+            return (self.single @ x.T).T
+        return torch.cat([x @ rows.T for rows in self._wide()], 1)
+
+    def _from_rows(self, y: Tensor) -> Tensor:
+        """y W."""
+        if y.dtype == torch.float32:
+            return y @ self.single
+        out, start = y.new_zeros(len(y), self.w.shape[1]), 0
+        for rows in self._wide():
+            out.addmm_(y[:, start : start + len(rows)], rows)
+            start += len(rows)
+        return out
+
+    def _wide(self) -> tuple[Tensor, ...] | map[Tensor]:
+        """The rows of the weight in float64, some at a time."""
+        if self._double is not None:
+            return (self._double,)
+        return map(Tensor.double, self.w.split(max(1, CHUNK // self.w.shape[1])))

@@ -1,0 +1,99 @@
+"""Many decompositions at once: workers, streams, ranks, and one progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import ranks, rules
+from .threads import settle
+
+MOST = 8  # workers, each of which holds a weight and its factors
+STREAMS = 2  # on CUDA: one layer's panels hide behind another's products
+
+
+class Job(NamedTuple):
+    """One weight's work."""
+
+    name: str
+    shape: tuple[int, int]
+    device: torch.device
+    run: Callable[[], None]
+    results: list[Tensor]  # what `run` fills in
+
+
+def sweep(jobs: Sequence[Job], title: str, workers: int | None = None, progress: bool | None = None) -> None:
+    """Runs all jobs, the costliest first. The first error, or Ctrl-C, stops what has not begun, and is raised.
+
+    Each job has the thread count that its size asks for, however many run at a time: the bits are the same. Under
+    torch.distributed each rank runs its share, and the results of all are on all ranks at the end.
+
+    Args:
+        jobs: under torch.distributed, the same list on every rank.
+        title: of the progress bar.
+        workers: how many at a time. None: as many as torch's threads allow, at most 8.
+        progress: whether to show a bar. None: on a terminal.
+    """
+    costs = [rules.cost(*job.shape) for job in jobs]
+    owners = ranks.owners([(job.name, job.shape, job.device.type) for job in jobs], costs)
+    order = sorted(range(len(jobs)), key=lambda index: -costs[index])
+    mine = [jobs[index] for index in order if owners is None or owners[index] == ranks.rank()]
+    failure = None
+    try:
+        with tqdm(total=len(mine), desc=title, unit="module", leave=False, disable=_hidden(progress)) as bar:
+            for threads in sorted({_threads(job) for job in mine}, reverse=True):
+                _run([job for job in mine if _threads(job) == threads], threads, workers, bar)
+    except Exception as error:
+        failure = error
+    ranks.agree(failure)
+    if owners is not None:
+        ranks.exchange([job.results for job in jobs], owners)
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress  # tqdm's own None: hidden where there is no terminal
+
+
+def _threads(job: Job) -> int:
+    return min(rules.threads(*job.shape), torch.get_num_threads())
+
+
+def _run(jobs: list[Job], threads: int, workers: int | None, bar: tqdm) -> None:
+    cuda = {job.device for job in jobs if job.device.type == "cuda"}
+    count = workers or (STREAMS if cuda else min(MOST, torch.get_num_threads() // threads))
+    if count == 1 or len(jobs) == 1:
+        for job in jobs:
+            job.run()
+            bar.update()
+        return
+    for device in cuda:
+        torch.cuda.synchronize(device)  # the weights have to be there before other streams read them
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(count, "decomposing", settle, (threads,)) as pool:
+        tasks = [pool.submit(_on_stream, job) for job in jobs]
+        try:
+            for task in as_completed(tasks):
+                task.result()
+                bar.update()
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+        finally:
+            pool.shutdown(wait=True)
+            torch.set_num_threads(before)
+
+
+def _on_stream(job: Job) -> None:
+    if job.device.type != "cuda":
+        job.run()
+        return
+    stream = torch.cuda.Stream(job.device)
+    with torch.cuda.stream(stream):
+        job.run()
+    stream.synchronize()  # before anything it allocated is given to another stream

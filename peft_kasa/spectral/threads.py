@@ -1,0 +1,33 @@
+"""How many threads a decomposition takes: LAPACK's bits depend on it, and where cores are shared its time too."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_lock = threading.RLock()  # the count belongs to the process
+_worker = threading.local()
+
+
+@contextmanager
+def limited(count: int) -> Iterator[None]:
+    """Runs the body with `count` threads, at most as many as torch was given; a sweep's worker keeps what it has."""
+    if getattr(_worker, "settled", False):
+        yield
+        return
+    with _lock:
+        before = torch.get_num_threads()
+        torch.set_num_threads(min(count, before))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def settle(count: int) -> None:
+    """Makes the calling thread a worker of a sweep, with a fixed count."""
+    torch.set_num_threads(count)
+    _worker.settled = True
