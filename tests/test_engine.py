@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_kasa.spectral import Engine, Spectrum
+from peft_kasa.spectral.cache import entries
+from peft_kasa.spectral.threads import cores
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 SHAPES = [(1, 1), (1, 9), (9, 1), (6, 6), (7, 12), (12, 7), (40, 33)]
@@ -182,18 +185,22 @@ def test_thread_counts_do_not_change_the_bits(shape: tuple[int, int], end: Any) 
 
 
 @pytest.mark.usefixtures("threads")
-def test_lapack_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shape", "count"), [((300, 280), 1), ((1200, 2000), min(2, cores()))], ids=str)
+@each_end
+def test_the_size_alone_decides_how_many_threads_run(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], count: int, end: Any
+) -> None:
     """What the test above rests on where a weight is too small, or the machine, for threads to change the bits."""
-    counts: list[int] = []
-    for name in ("eigh", "svd"):
+    counts: set[int] = set()
+    for name in ("eigh", "svd", "qr", "lu_factor_ex", "lu_solve", "cholesky_ex", "solve_triangular"):
         routine = getattr(torch.linalg, name)
         monkeypatch.setattr(
-            torch.linalg, name, lambda *a, _f=routine, **k: counts.append(torch.get_num_threads()) or _f(*a, **k)
+            torch.linalg, name, lambda *a, _f=routine, **k: counts.add(torch.get_num_threads()) or _f(*a, **k)
         )
-    torch.set_num_threads(2)
-    Engine()(normal(40, 30), 3)
-    Engine(tolerance=0.0)(normal(40, 30), 3)
-    assert counts == [1] * 5
+    for allowed in (1, 2, 3):
+        torch.set_num_threads(allowed)
+        Engine()(normal(*shape), 2, end)
+    assert counts == {count}
 
 
 @pytest.mark.usefixtures("threads")
@@ -227,16 +234,18 @@ def conditioned(m: int, n: int, kappa: float) -> Tensor:
     return u * kappa ** -torch.linspace(0, 1, k, dtype=torch.float64) @ v.T
 
 
-@pytest.mark.parametrize("shape", [(30, 20), (20, 30)], ids=str)
-def test_an_ill_conditioned_weight_takes_the_full_svd_says_so_and_is_accurate(
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (300, 280), (280, 280)], ids=str)
+def test_an_ill_conditioned_weight_takes_slower_ways_says_so_and_is_accurate(
     shape: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """At kappa = 1e12 the Gram matrix holds 1e-24 beside 1: float64 does not."""
     w = conditioned(*shape, 1e12)
     with caplog.at_level(logging.INFO, logger="peft_kasa"):
-        cut = Engine()(w, 4, "bottom")
-    (record,) = caplog.records
-    assert "taking a full float64 SVD instead" in record.getMessage()
+        cut = Engine()(w, 4, "bottom", "q_proj")
+    assert all(
+        re.match(r"q_proj: \w+: error .* above 1.0e-05, trying a slower", r.getMessage()) for r in caplog.records
+    )
+    assert caplog.records
     check(cut, w, 4)
     u, s, v = truth(w, 4, "bottom")
     assert torch.allclose(cut.s.double(), s, rtol=1e-3)
@@ -247,9 +256,19 @@ def test_an_ill_conditioned_weight_takes_the_full_svd_says_so_and_is_accurate(
 def test_without_the_fallback_it_would_not_be_accurate() -> None:
     """So that the test above means something."""
     w = conditioned(30, 20, 1e12)
-    cut = Engine(tolerance=1.0)(w, 4, "bottom")
+    cut = Engine(tolerance=1e9)(w, 4, "bottom")
     u, _, _ = truth(w, 4, "bottom")
     assert ((u * cut.u).sum(0).abs() < 1 - 1e-3).any()
+
+
+def test_a_routine_that_fails_hands_over(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with caplog.at_level(logging.INFO, logger="peft_kasa"):
+        check_exact(Engine()(normal(40, 30), 5), normal(40, 30), 5, "top")
+    assert "gram failed (did not converge), trying a slower algorithm" in caplog.text
 
 
 @each_end
@@ -259,13 +278,159 @@ def test_a_plain_weight_takes_the_fast_way(end: Any, caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-def test_the_tolerance_decides(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_tolerance_decides_and_what_it_cannot_reach_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     w = normal(40, 30)
     with caplog.at_level(logging.INFO, logger="peft_kasa"):
         cut = Engine(tolerance=0.0)(w, 5, "bottom")
-    assert len(caplog.records) == 1
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert "there is nothing more exact" in caplog.text
     check_exact(cut, w, 5, "bottom")
-    assert repr(Engine(tolerance=1e-6)) == "Engine(tolerance=1e-06)"
+
+
+# Algorithms -----------------------------------------------------------------------------------------------------
+
+BIG = (320, 290)  # beyond what the Gram matrix alone is chosen for
+SPECTRA = {  # of singular values, by place in (0, 1]
+    "flat": lambda x: torch.ones_like(x),
+    "linear": lambda x: 1 - x + 1e-3,
+    "power law": lambda x: (512 * x) ** -0.55,
+    "cliff": lambda x: torch.where(x < 0.1, 1.0, 1e-4),
+    "steps": lambda x: (x * 8).ceil() / 8,
+    "rank 20": lambda x: (x < 20 / 290).double(),
+    "exponential": lambda x: 10 ** (-5 * x),
+}
+USES = {  # algorithm: shape, end
+    "gram top": ("gram", BIG, "top"),
+    "gram bottom": ("gram", BIG, "bottom"),
+    "krylov": ("krylov", BIG, "top"),
+    "krylov, wide": ("krylov", BIG[::-1], "top"),
+    "square": ("square", (290, 290), "bottom"),
+    "square64": ("square64", (290, 290), "bottom"),
+    "rectangular": ("rectangular", BIG, "bottom"),
+    "rectangular, wide": ("rectangular", BIG[::-1], "bottom"),
+    "lapack": ("lapack", BIG, "top"),
+    "lapack64": ("lapack64", BIG, "bottom"),
+}
+
+
+def of_spectrum(m: int, n: int, name: str, seed: int = 0) -> Tensor:
+    k = min(m, n)
+    values = SPECTRA[name](torch.linspace(1 / k, 1, k, dtype=torch.float64))
+    u, v = (torch.linalg.qr(normal(size, k, seed=seed + size, dtype=torch.float64)).Q for size in (m, n))
+    return (u * values.sort(descending=True).values) @ v.T
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("algorithm", "shape", "end"), USES.values(), ids=USES)
+def test_every_algorithm_is_right_at_every_spectrum(
+    algorithm: str, shape: tuple[int, int], end: Any, spectrum: str
+) -> None:
+    """Alone where it can, with the help of the next ones where it cannot: the answer is torch's."""
+    w = of_spectrum(*shape, spectrum).float()
+    norm = torch.linalg.vector_norm(w.double()).item()
+    for k in (1, 8, 33):
+        cut = Engine(algorithm=algorithm, precision="float64")(w, k, end)
+        u, s, v = cut
+        for vectors in (u.T, v):
+            assert (vectors @ vectors.T - torch.eye(k)).abs().max() <= 1e-6
+        assert (w.double() @ v.T - u * s).norm() <= 2e-5 * norm
+        assert (w.double().T @ u - v.T * s).norm() <= 2e-5 * norm
+        assert torch.allclose(s, truth(w, k, end)[1], rtol=1e-6, atol=1e-6 * norm)
+
+
+@pytest.mark.parametrize("name", [name for name in USES if not name.startswith("lapack")])
+def test_every_algorithm_succeeds_alone_where_it_is_chosen(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    algorithm, shape, end = USES[name]
+    with caplog.at_level(logging.INFO, logger="peft_kasa"):
+        w = of_spectrum(*shape, "power law" if end == "top" else "linear").float()
+        cut = Engine(algorithm=algorithm)(w, 8, end)
+    assert not caplog.records
+    check_exact(cut, w, 8, end)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    st.integers(257, 340),
+    st.integers(257, 340),
+    st.booleans(),
+    st.integers(1, 60),
+    st.sampled_from(list(SPECTRA)),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from(ENDS),
+    seeds,
+)
+def test_what_is_chosen_is_right(
+    m: int, n: int, square: bool, k: int, spectrum: str, dtype: torch.dtype, end: Any, seed: int
+) -> None:
+    """Values, orthonormality, and that the cut is as large, or as small, as the best of its rank."""
+    w = of_spectrum(m, m if square else n, spectrum, seed).to(dtype)
+    cut = Engine(precision="float64")(w, k, end)
+    u, s, v = cut
+    norm = torch.linalg.vector_norm(w.double())
+    assert (u.T @ u - torch.eye(k)).abs().max() <= 1e-6
+    assert (v @ v.T - torch.eye(k)).abs().max() <= 1e-6
+    best = truth(w, k, end)[1]
+    assert torch.allclose(s, best, rtol=1e-6, atol=1e-7 * norm.item())
+    assert ((w.double() @ v.T).norm() - best.norm()).abs() <= 1e-7 * norm
+
+
+@pytest.mark.parametrize("spectrum", ["linear", "power law"])
+@pytest.mark.parametrize("shape", [(900, 900), (900, 1200)], ids=str)
+def test_the_bottom_is_exact_beside_itself(shape: tuple[int, int], spectrum: str) -> None:
+    """The dropped norm is within 1e-9 of the optimum, and the values within 1e-8, as docs/decomposition.md promises."""
+    w = of_spectrum(*shape, spectrum).float()
+    cut = Engine(precision="float64")(w, 8, "bottom")
+    best = truth(w, 8, "bottom")[1]
+    assert ((cut.s - best).abs() / best).max() <= 1e-8
+    assert ((w.double() @ cut.v.T).norm() / best.norm() - 1).abs() <= 1e-9
+
+
+def test_names_and_seeds_choose_the_random_start() -> None:
+    w = of_spectrum(*BIG, "power law").float()
+    cut = Engine()(w, 8, "top", "a")
+    assert same_bits(cut, Engine()(w, 8, "top", "a"))
+    assert not same_bits(cut, Engine()(w, 8, "top", "b"))
+    assert not same_bits(cut, Engine(seed=1)(w, 8, "top", "a"))
+
+
+def test_precision_is_the_dtype_of_the_answer() -> None:
+    w = normal(9, 6)
+    assert Engine(precision="float64")(w, 3).s.dtype == torch.float64
+    assert Engine(precision="float64")(w, 0).u.dtype == torch.float64
+    assert torch.equal(Engine(precision="float64")(w, 3).s.float(), Engine()(w, 3).s)
+
+
+def test_the_answer_comes_back_to_the_weights_device() -> None:
+    assert Engine(device="cpu")(normal(9, 6), 3).u.device.type == "cpu"
+
+
+# The cache ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cached_answer_has_the_same_bits_and_costs_no_decomposition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = normal(60, 40)
+    first = Engine(cache=tmp_path)(w, 5, "bottom", "a")
+    assert same_bits(first, Engine()(w, 5, "bottom", "a"))
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    assert same_bits(first, Engine(cache=tmp_path)(w, 5, "bottom", "a"))
+    monkeypatch.setenv("PEFT_KASA_CACHE", str(tmp_path))
+    assert same_bits(first, Engine()(w, 5, "bottom", "a"))
+
+
+@pytest.mark.parametrize("change", ["k", "end", "weight", "tolerance", "seed", "algorithm", "name"])
+def test_other_settings_are_not_answered_from_the_cache(tmp_path: Path, change: str) -> None:
+    w = normal(60, 40)
+    Engine(cache=tmp_path)(w, 5)
+    settings: dict[str, Any] = {
+        "tolerance": {"tolerance": 1e-7},
+        "seed": {"seed": 1},
+        "algorithm": {"algorithm": "lapack64"},
+    }
+    arguments: dict[str, Any] = {"k": {"k": 4}, "end": {"end": "bottom"}, "weight": {"w": w + 1}, "name": {"name": "b"}}
+    Engine(cache=tmp_path, **settings.get(change, {}))(**({"w": w, "k": 5} | arguments.get(change, {})))
+    assert len(entries(tmp_path)) == 2
 
 
 # Errors ---------------------------------------------------------------------------------------------------------
@@ -289,3 +454,35 @@ REFUSED = {
 def test_errors_give_the_rule_and_what_was_found(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Engine()(*arguments)
+
+
+SETTINGS = {
+    "algorithm": ({"algorithm": "magic"}, "`algorithm` has to be one of auto, gram, krylov, "),
+    "precision": ({"precision": "bfloat16"}, "`precision` has to be 'float32' or 'float64'. Found 'bfloat16'"),
+    "tolerance": ({"tolerance": -1.0}, "`tolerance` has to be >= 0. Found -1.0"),
+    "not a number": ({"tolerance": float("nan")}, "`tolerance` has to be >= 0. Found nan"),
+    "workers": ({"workers": 0}, "`workers` has to be >= 1. Found 0"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_are_checked(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Engine(**arguments)
+
+
+UNFIT = {
+    "krylov at the bottom": ("krylov", (400, 300), 4, "bottom", "'krylov' finds the top only"),
+    "krylov without room": ("krylov", (40, 30), 4, "top", "'krylov' needs room"),
+    "square at the top": ("square", (300, 300), 4, "top", "'square' finds the bottom only"),
+    "square and not square": ("square64", (300, 301), 4, "bottom", "'square64' needs a square weight"),
+    "rectangular at the top": ("rectangular", (300, 301), 4, "top", "'rectangular' finds the bottom only"),
+}
+
+
+@pytest.mark.parametrize(("algorithm", "shape", "k", "end", "message"), UNFIT.values(), ids=UNFIT)
+def test_an_algorithm_that_cannot_is_refused(
+    algorithm: str, shape: tuple[int, int], k: int, end: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Engine(algorithm=algorithm)(torch.zeros(shape), k, end)

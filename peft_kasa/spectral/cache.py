@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -16,20 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..files import replacing
+from .checksum import checksum
 from .spectrum import Spectrum
-from .threads import limited
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the algorithms; another number gives other keys, so that old entries are not found
 STALE = 3600.0  # seconds after which a writer's temporary folder is taken for abandoned
-LANES = 1 << 16  # words of 64 bits that are summed at a time, in a core's cache
-BLOCK = 1 << 22  # bytes of a weight that are copied at a time where it is not contiguous
 SUFFIX = ".kasa.safetensors"
 NAME = re.compile(rf"(\.?)[0-9a-f]{{32}}{re.escape(SUFFIX)}(.*)")
 Where = str | os.PathLike[str] | bool | None
@@ -78,9 +74,8 @@ class Cache:
         if not os.path.exists(path):
             return None
         try:
-            data = path.read_bytes()  # at once: `safe_open` opens a file twice, while others may replace it
-            about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            cut = Spectrum(**load(data))
+            data = path.read_bytes()  # `safe_open` opens a file twice, while others may replace it, and maps it
+            cut, about = Spectrum(**load(data)), _about(data)
             found = _entry(path, about)
             if (found.key, found.shape, found.k, about["checksum"]) != (key, tuple(shape), k, _seal(cut, about)):
                 raise ValueError(f"damaged, or not the {k} triples of {key}: {about}")
@@ -133,8 +128,9 @@ def located(where: Where = None) -> Cache | None:
     """The cache in a folder, or None for no cache.
 
     Args:
-        where: a folder; `False` for none; `True` for `peft_kasa` in `$XDG_CACHE_HOME` or `~/.cache`. `None` asks the
-            environment variable `PEFT_KASA_CACHE`: a folder, "1" or "true"; unset, empty, "0" or "false" for none.
+        where: a folder; `False` for none; `True` for `peft_kasa/decompositions` in `$XDG_CACHE_HOME` or `~/.cache`.
+            `None` asks the environment variable `PEFT_KASA_CACHE`: a folder, "1" or "true"; unset, empty, "0" or
+            "false" for none.
 
     Example:
         >>> from peft_kasa.spectral.cache import located
@@ -145,7 +141,7 @@ def located(where: Where = None) -> Cache | None:
         value = os.environ.get("PEFT_KASA_CACHE", "").strip()
         where = {"0": False, "false": False, "1": True, "true": True}.get(value.lower(), value)
     if where is True:
-        where = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "peft_kasa")
+        where = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "peft_kasa", "decompositions")
     return Cache(os.path.expanduser(where)) if where else None
 
 
@@ -162,8 +158,8 @@ def entries(where: Where = None) -> list[Entry]:
     found = []
     for path in [path for path, abandoned in _ours(where) if not abandoned]:
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                found.append(_entry(path, file.metadata()))
+            with path.open("rb") as file:
+                found.append(_entry(path, _about(file.read(1 << 20))))
         except Exception as problem:  # as in `load`
             logger.info("leaving out %s: %s", path, problem)
     return sorted(found, key=lambda entry: entry.created)
@@ -197,6 +193,11 @@ def _ours(where: Where) -> Iterator[tuple[Path, bool]]:
                     yield path, True
 
 
+def _about(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, from its first bytes."""
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
 def _entry(path: Path, about: Mapping[str, str]) -> Entry:
     (m, n), k, size = json.loads(about["shape"]), int(about["k"]), path.stat().st_size
     told = about.get("end", ""), about.get("algorithm", ""), float(about["error"])
@@ -210,36 +211,3 @@ def _seal(cut: Spectrum, about: Mapping[str, str]) -> str:
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def checksum(x: Tensor) -> list[int]:
-    """Two sums of 64 bits over every bit of a tensor and its place, computed on its device, whatever its strides.
-
-    Another value in one place always shows, in several but for chance. 64 MB take 20 ms, and under 30 MB beside.
-    """
-    x = x.detach() if x.ndim == 2 else x.detach().reshape(1, -1)
-    sums, mixed = (torch.zeros(size, dtype=torch.int64, device=x.device) for size in ((2, LANES), LANES))
-    with limited(1):  # hundreds of short sums: to hand them between threads on shared cores takes seconds
-        for place, piece in enumerate(_words(x)):
-            # Two changes of bit 63 alone would cancel, whatever their odd factors: with the upper half added to the
-            # lower, one bit on, finite words that differ, by a sign or by two as well, differ in lower bits too.
-            word = torch.bitwise_right_shift(piece, 31, out=mixed[: len(piece)]).add_(piece)
-            for total, factor in zip(sums, _odd(f"piece {place}", 2).tolist(), strict=True):
-                total[: len(piece)].add_(word, alpha=factor)
-    return (sums * _odd("lanes", 2 * LANES).view(2, LANES).to(x.device)).sum(1).tolist()
-
-
-def _words(x: Tensor) -> Iterator[Tensor]:
-    """The bits of a matrix, row after row, at most LANES words of 64 bits at a time."""
-    width = x.element_size()
-    for block in x.split(max(8, BLOCK // (x.shape[1] * width) // 8 * 8)) if x.numel() else ():
-        block = block if block.stride(1) == 1 else block.T.contiguous().T  # torch is slow to transpose a slice itself
-        flat = block.contiguous().view(-1)
-        if len(flat) * width % 8 or flat.storage_offset() * width % 8:
-            flat = torch.nn.functional.pad(flat, (0, -len(flat) % (8 // width)))
-        yield from flat.view(torch.int64).split(LANES)
-
-
-@functools.lru_cache(4096)
-def _odd(name: str, count: int) -> Tensor:
-    return torch.frombuffer(bytearray(hashlib.shake_128(name.encode()).digest(8 * count)), dtype=torch.int64) | 1

@@ -95,7 +95,7 @@ class Engine:
             m, n = w.shape
             return Spectrum(*(w.new_empty(shape, dtype=dtype) for shape in ((m, 0), (0,), (0, n))))
         cache = located(self.cache)
-        key = cache.key(w, self._settings(k, end, name)) if cache else ""
+        key = cache.key(w, self._settings(w, k, end, name)) if cache else ""
         found = cache.load(key, shape=(w.shape[0], w.shape[1]), k=k) if cache else None
         if found is None:
             cut, missed, algorithm = self._computed(w, k, end, name, chain)
@@ -103,7 +103,7 @@ class Engine:
                 cache.store(key, cut, missed, {"end": end, "algorithm": algorithm})
         else:
             cut = found[0]
-        return Spectrum(*(part.to(w.device, dtype) for part in cut))
+        return Spectrum(*(part.to(w.device, dtype).contiguous() for part in cut))
 
     def many(self, weights: Mapping[str, Tensor], k: int, end: End = "top") -> dict[str, Spectrum]:
         """The cuts of many weights by name, several at a time; under torch.distributed each rank computes its share.
@@ -145,8 +145,13 @@ class Engine:
             raise ValueError(f"{misfit}. Found shape {(m, n)}, k = {k}, end {end!r}. Leave `algorithm` at 'auto'.")
         return (self.algorithm, *(name for name in ("gram", "lapack64") if name != self.algorithm))
 
-    def _settings(self, k: int, end: str, name: str) -> dict[str, object]:
-        return {"k": k, "end": end, "algorithm": self.algorithm, "tolerance": self.tolerance, "seed": self._seed(name)}
+    def _settings(self, w: Tensor, k: int, end: str, name: str) -> dict[str, object]:
+        bits = {
+            "tolerance": self.tolerance,
+            "seed": self._seed(name),
+            "device": torch.device(self.device or w.device).type,
+        }
+        return {"k": k, "end": end, "algorithm": self.algorithm, **bits}
 
     def _seed(self, name: str) -> int:
         return zlib.crc32(f"{self.seed} {name}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .algorithms.krylov import block_of
+from .threads import cores
 
 TINY = 256  # smaller dimension up to which one eigendecomposition beats everything
 SMALL = 768  # and up to which it beats inverse iteration on a rectangular weight
@@ -38,7 +39,7 @@ def misfit(algorithm: str, m: int, n: int, k: int, end: str) -> str:
 
 def threads(m: int, n: int) -> int:
     """How many threads one decomposition takes: fixed by the size, because LAPACK's bits depend on it."""
-    return 1 if m * n <= THREADED else 2
+    return 1 if m * n <= THREADED else min(2, cores())
 
 
 def cost(m: int, n: int) -> float:

@@ -46,8 +46,8 @@ def sweep(jobs: Sequence[Job], title: str, workers: int | None = None, progress:
     failure = None
     try:
         with tqdm(total=len(mine), desc=title, unit="module", leave=False, disable=_hidden(progress)) as bar:
-            for threads in sorted({_threads(job) for job in mine}, reverse=True):
-                _run([job for job in mine if _threads(job) == threads], threads, workers, bar)
+            for threads in sorted({rules.threads(*job.shape) for job in mine}, reverse=True):
+                _run([job for job in mine if rules.threads(*job.shape) == threads], threads, workers, bar)
     except Exception as error:
         failure = error
     ranks.agree(failure)
@@ -59,13 +59,9 @@ def _hidden(progress: bool | None) -> bool | None:
     return None if progress is None else not progress  # tqdm's own None: hidden where there is no terminal
 
 
-def _threads(job: Job) -> int:
-    return min(rules.threads(*job.shape), torch.get_num_threads())
-
-
 def _run(jobs: list[Job], threads: int, workers: int | None, bar: tqdm) -> None:
     cuda = {job.device for job in jobs if job.device.type == "cuda"}
-    count = workers or (STREAMS if cuda else min(MOST, torch.get_num_threads() // threads))
+    count = workers or (STREAMS if cuda else max(1, min(MOST, torch.get_num_threads() // threads)))
     if count == 1 or len(jobs) == 1:
         for job in jobs:
             job.run()

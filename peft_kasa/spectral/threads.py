@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +15,22 @@ _worker = threading.local()
 
 @contextmanager
 def limited(count: int) -> Iterator[None]:
-    """Runs the body with `count` threads, at most as many as torch was given; a sweep's worker keeps what it has."""
+    """Runs the body with `count` threads, whatever torch has now; a sweep's worker keeps what it has."""
     if getattr(_worker, "settled", False):
         yield
         return
     with _lock:
         before = torch.get_num_threads()
-        torch.set_num_threads(min(count, before))
+        torch.set_num_threads(count)
         try:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def settle(count: int) -> None:

@@ -10,6 +10,7 @@ from .davidson import davidson
 from .operator import Operator
 
 EXTRA = 8
+ROUGH = 1e-4  # as far as float32 carries at the condition of such weights, and at half the cost
 
 
 def rectangular(op: Operator, k: int, tolerance: float, generator: torch.Generator) -> Tensor:
@@ -17,8 +18,8 @@ def rectangular(op: Operator, k: int, tolerance: float, generator: torch.Generat
 
     The bottom of a rectangular spectrum is crowded, and inverse iteration alone crawls. So three inverse steps find the
     smallest eigenvalue of the Gram matrix to a few percent, and a second factor, of G - 0.9 lambda I, sets the k apart.
-    Cost: m n^2 for the Gram matrix, n^3 / 3 twice for the factors. Their float32 suffices: Davidson's residuals are
-    those of A in float64.
+    Cost: m n^2 for the Gram matrix, n^3 / 3 twice for the factors. Davidson's residuals are those of A itself,
+    in float64 in the end.
     """
     block = min(k + EXTRA, op.n)
     gram = op.gram()
@@ -29,7 +30,8 @@ def rectangular(op: Operator, k: int, tolerance: float, generator: torch.Generat
     inverse = Inverse(gram, 0.9 * values[0].item() - noise)
     del gram
     start = orthonormal(vectors.T[:block].float() @ basis)
-    return davidson(op, inverse, inverse_krylov(inverse, start, depth), k, block, tolerance)
+    rough = davidson(op, inverse, inverse_krylov(inverse, start, depth), k, block, ROUGH)
+    return davidson(op, inverse, rough.double(), k, block, tolerance)[:k].flip(0)
 
 
 class Inverse:

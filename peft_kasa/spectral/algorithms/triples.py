@@ -44,7 +44,6 @@ def error(op: Operator, found: Triples) -> float:
 
 
 def _deviation(x: Tensor) -> float:
-    x = x.float()
     products = x @ x.T
     products.diagonal().sub_(1)
     return products.abs().max().item()

@@ -1,0 +1,74 @@
+"""One of the two processes of tests/test_sweep.py: decomposes, and writes what it has and what it computed itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from peft_kasa.spectral import Engine
+
+ran: list[str] = []
+computed = Engine._computed
+
+
+def noted(self: Engine, w: Any, k: int, end: str, name: str, chain: Any) -> Any:
+    ran.append(name)
+    return computed(self, w, k, end, name, chain)
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    return {
+        f"layers.{index}": torch.randn(shape, generator=torch.Generator().manual_seed(seed + index))
+        for index, shape in enumerate([(60, 40), (300, 290), (40, 60), (280, 280), (50, 50)])
+    }
+
+
+def flat(cuts: Any) -> dict[str, torch.Tensor]:
+    return {f"{name}.{i}": part for name, cut in cuts.items() for i, part in enumerate(cut)}
+
+
+def kasa() -> dict[str, torch.Tensor]:
+    from peft import get_peft_model
+
+    from peft_kasa import KaSAConfig
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(m, n) for m, n in ((30, 40), (40, 20), (20, 50), (50, 10))))
+    wrapped = get_peft_model(model, KaSAConfig(r=3, target_modules=["0", "1", "2", "3"]))  # type: ignore[arg-type]
+    return {name: value.detach().clone() for name, value in wrapped.named_parameters()}
+
+
+def main(case: str, folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    Engine._computed = noted  # type: ignore[method-assign]
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    names = list(weights())
+    if case == "kasa":
+        values, names = kasa(), ["0", "1", "2", "3"]
+    elif case == "broken":
+        bad = weights()
+        bad["layers.1"][3, 3] = torch.nan
+        try:
+            Engine().many(bad, 2)
+        except (ValueError, RuntimeError) as error:
+            print(error)
+            sys.exit(3)
+    elif case == "different":
+        own = weights() | ({"more": torch.eye(5)} if rank else {})
+        values = flat(Engine().many(own, 2, "bottom"))
+    else:
+        values = flat(Engine().many(weights(), 2, "bottom"))
+    here = list(ran)
+    dist.destroy_process_group()
+    alone = kasa() if case == "kasa" else flat(Engine().many(weights(), 2, "bottom"))
+    torch.save({"values": values, "alone": alone, "ran": here, "names": names}, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
