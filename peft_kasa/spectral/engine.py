@@ -40,6 +40,7 @@ class Engine:
         device: where to compute. None: where the weight is (on MPS, which has no float64: the CPU).
         seed: of the random starts, together with the name given to each weight.
         tolerance: the gate: max |W^T u - s v| over the triples, relative to the largest s among them.
+            None: 3e-6 at the top, 1e-5 at the bottom, 1e-4 at the bottom of a square weight.
         cache: a folder that keeps results, True for the default one, False for none. None: `PEFT_KASA_CACHE` says.
         workers: how many weights of a model at a time. None: as many as the threads that torch may use allow, up to 8.
         progress: whether `many` shows a progress bar. None: on a terminal.
@@ -59,7 +60,7 @@ class Engine:
     precision: Literal["float32", "float64"] = "float32"
     device: str | torch.device | None = None
     seed: int = 0
-    tolerance: float = 1e-5
+    tolerance: float | None = None
     cache: str | Path | bool | None = None
     workers: int | None = None
     progress: bool | None = None
@@ -70,7 +71,7 @@ class Engine:
             raise ValueError(f"`algorithm` has to be one of {', '.join(known)}. Found {self.algorithm!r}.")
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"`precision` has to be 'float32' or 'float64'. Found {self.precision!r}.")
-        if not self.tolerance >= 0:
+        if self.tolerance is not None and not self.tolerance >= 0:
             raise ValueError(f"`tolerance` has to be >= 0. Found {self.tolerance}.")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"`workers` has to be >= 1. Found {self.workers}.")
@@ -147,11 +148,14 @@ class Engine:
 
     def _settings(self, w: Tensor, k: int, end: str, name: str) -> dict[str, object]:
         bits = {
-            "tolerance": self.tolerance,
+            "tolerance": self._tolerance(w, end),
             "seed": self._seed(name),
             "device": torch.device(self.device or w.device).type,
         }
         return {"k": k, "end": end, "algorithm": self.algorithm, **bits}
+
+    def _tolerance(self, w: Tensor, end: str) -> float:
+        return rules.tolerance(w.shape[0], w.shape[1], end) if self.tolerance is None else self.tolerance
 
     def _seed(self, name: str) -> int:
         return zlib.crc32(f"{self.seed} {name}".encode())
@@ -164,7 +168,7 @@ class Engine:
         device = torch.device(self.device or w.device)
         w = w.detach().to("cpu" if device.type == "mps" else device)
         w, exponent = _scaled(w)
-        tag = f"{name}: " if name else ""
+        tag, tolerance = f"{name}: " if name else "", self._tolerance(w, end)
         with limited(rules.threads(*w.shape)):
             op = Operator(w)
             if op.norm == 0:
@@ -172,19 +176,19 @@ class Engine:
             for algorithm in chain:
                 last = algorithm == chain[-1]
                 try:
-                    found = ALGORITHMS[algorithm](op, k, end, self.tolerance, self._generator(name))
+                    found = ALGORITHMS[algorithm](op, k, end, tolerance, self._generator(name))
                     missed = error(op, found)
                 except torch.linalg.LinAlgError as failure:
                     if last:
                         raise
                     logger.info("%s%s failed (%s), trying a slower algorithm", tag, algorithm, failure)
                     continue
-                if missed <= self.tolerance:
+                if missed <= tolerance:
                     break
                 then = "and there is nothing more exact" if last else "trying a slower algorithm"
                 logger.log(
                     logging.WARNING if last else logging.INFO,
-                    *("%s%s: error %.1e above %.1e, %s", tag, algorithm, missed, self.tolerance, then),
+                    *("%s%s: error %.1e above %.1e, %s", tag, algorithm, missed, tolerance, then),
                 )
         cut = Spectrum(found.v.T, found.s, found.u) if op.turned else Spectrum(found.u.T, found.s, found.v)
         return cut.scaled(2.0**exponent).signed(), missed, algorithm

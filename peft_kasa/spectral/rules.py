@@ -15,7 +15,7 @@ def chain(m: int, n: int, k: int, end: str) -> tuple[str, ...]:
     small = min(m, n)
     if k == small:
         return ("lapack64",) if small <= TINY else ("lapack", "lapack64")
-    if small <= TINY or 6 * k > small:
+    if small <= TINY or 10 * k > small:
         return "gram", "lapack64"
     if end == "top" and not misfit("krylov", m, n, k, end):
         return "krylov", "gram", "lapack64"
@@ -35,6 +35,13 @@ def misfit(algorithm: str, m: int, n: int, k: int, end: str) -> str:
     if algorithm in ("square", "square64") and m != n:
         return f"{algorithm!r} needs a square weight"
     return ""
+
+
+def tolerance(m: int, n: int, end: str) -> float:
+    """The default gate. The bottom's values and norm are right to its square; a square weight's lie far apart."""
+    if end == "top":
+        return 3e-6
+    return 1e-4 if m == n else 1e-5
 
 
 def threads(m: int, n: int) -> int:

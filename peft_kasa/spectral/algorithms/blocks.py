@@ -27,16 +27,11 @@ def orthonormal(x: Tensor) -> Tensor:
     return x
 
 
-def against(x: Tensor, basis: Tensor) -> Tensor:
-    """The rows of x without what lies in the span of an orthonormal basis, projected out twice."""
-    for _ in range(2):
-        x = x - (x @ basis.T) @ basis
-    return x
-
-
 def extension(x: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal rows for the span of x outside the basis; twice, so that rounding does not bring the basis back."""
-    return orthonormal(against(orthonormal(against(x, basis)), basis))
+    """Orthonormal rows for the span of x outside an orthonormal basis: twice, for the first pass leaves rounding."""
+    for _ in range(2):
+        x = orthonormal(x - (x @ basis.T) @ basis)
+    return x
 
 
 def random(rows: int, op: Operator, generator: torch.Generator) -> Tensor:

@@ -23,21 +23,24 @@ def davidson(op: Operator, inverse: Inverse, start: Tensor, k: int, block: int, 
     basis = orthonormal(start)
     image = op.up(basis)
     room = max(6 * block, len(basis) + block)
-    errors: list[float] = []
+    done, errors = 0, [torch.inf]
     while True:
         wide = image.double()
         values, vectors = torch.linalg.eigh(wide @ wide.T)
         vectors, s = vectors.T.to(basis.dtype), values[:block, None].clamp_min(0).sqrt().to(basis.dtype)
-        v, y = vectors[:block] @ basis, vectors[:block] @ image
-        residual = op.down(y) - s**2 * v
+        part = slice(done, block)  # the smallest converge first, and stay so
+        v, y, below = vectors[part] @ basis, vectors[part] @ image, s[part]
+        residual = op.down(y) - below**2 * v
         size = residual.norm(dim=1, keepdim=True)
-        error = (size / s.clamp_min(1e-14 * op.norm))[:k].max().item() / max(s[k - 1].item(), 1e-7 * op.norm)
-        errors.append(error)
-        stuck = len(errors) > 3 and error > errors[-4] / 10
-        if error <= tolerance or stuck or len(errors) == CYCLES or len(basis) + block > op.n:
+        error = (size / below.clamp_min(1e-14 * op.norm))[: k - done, 0] / max(s[k - 1].item(), op.floor)
+        errors.append(error.max().item())
+        fresh = int((error <= tolerance).long().cumprod(0).sum())
+        done += fresh
+        stuck = len(errors) > 4 and errors[-1] > errors[-4] / 10
+        if done == k or stuck or len(errors) > CYCLES or len(basis) + block > op.n:
             return vectors[: 2 * block] @ basis
         if len(basis) + block > room:
             basis, image = vectors[: 2 * block] @ basis, vectors[: 2 * block] @ image
-        directions = inverse((residual / size.clamp_min(1e-300 if size.dtype == torch.float64 else 1e-30)).float())
+        directions = inverse((residual / size.clamp_min(torch.finfo(size.dtype).tiny))[fresh:].float())
         new = extension(directions.to(basis.dtype), basis)
         basis, image = torch.cat([basis, new]), torch.cat([image, op.up(new)])

@@ -35,7 +35,7 @@ def gram(op: Operator, k: int, end: str, tolerance: float) -> Tensor:
         residual = op.down(y) - values[:, None] * v
         s = values[:k].sqrt()
         size = residual.norm(dim=1)
-        error = (size[:k] / s.clamp_min(1e-14 * op.norm)).max().item() / max(s.max().item(), 1e-7 * op.norm)
+        error = (size[:k] / s.clamp_min(1e-14 * op.norm)).max().item() / max(s.max().item(), op.floor)
         if error <= tolerance or step == STEPS or 2 * block > op.n:
             break
         apart = rough - values[:, None].float()

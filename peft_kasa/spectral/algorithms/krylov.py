@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from .operator import Operator
 
 RESTARTS = 8
 EXHAUSTED = 1e-6
+GAIN = 3.0  # what a block takes off the residual, about
 
 
 def krylov(op: Operator, k: int, tolerance: float, generator: torch.Generator) -> Tensor:
@@ -22,41 +25,40 @@ def krylov(op: Operator, k: int, tolerance: float, generator: torch.Generator) -
     """
     block = block_of(k)
     keep = -(-k // block) * block + block
-    space = min(op.n // block - 1, max(18, keep // block + 8)) * block
-    basis, image, back = (op.single.new_empty(space, size) for size in (op.n, op.m, op.n))
+    space = min(op.n // block - 1, keep // block + (16 if block <= 32 else 9)) * block  # wide: `eigh` would cost most
+    basis, back = (op.single.new_empty(space, op.n) for _ in range(2))
     gram = op.single.new_zeros(space, space)
     new, end = random(block, op, generator), 0
-    check = 8 * block  # no earlier space has converged
+    check = 12 * block  # hardly any earlier space has converged
     for _ in range(RESTARTS):
         while end < space:
             part = slice(end, end + block)
             end += block
-            basis[part], image[part] = new, op.up(new)
-            back[part] = op.down(image[part])
-            gram[part, :end] = image[part] @ image[:end].T
-            gram[:end, part] = gram[part, :end].T
-            rest = back[part] - (back[part] @ basis[:end].T) @ basis[:end]
+            basis[part], back[part] = new, op.normal(new)
+            gram[part, :end] = inside = back[part] @ basis[:end].T
+            gram[:end, part] = inside.T
+            rest = back[part] - inside @ basis[:end]
             if end >= min(check, space):
                 values, vectors = _ritz(gram[:end, :end])
                 residual = _residual(rest, values, vectors, k)
                 if residual <= tolerance:
                     return orthonormal((vectors[:k] @ basis[:end]).double())
-                check = end + block * _blocks_to_go(residual / tolerance)
+                check = end + block * math.ceil(math.log(residual / tolerance, GAIN))
             spent = rest.norm(dim=1, keepdim=True) <= EXHAUSTED * back[part].norm(dim=1).max()
             if spent.any():  # the space is invariant already, and rounding is all that is left: go on at random
                 rest = torch.where(spent, random(block, op, generator), rest)
             new = orthonormal(rest)
             new = orthonormal(new - (new @ basis[:end].T) @ basis[:end])
-        for kept in (basis, image, back):
+        for kept in (basis, back):
             kept[:keep] = vectors[:keep] @ kept[:end]
         gram[:keep, :keep] = values[:keep].diag()
-        end = keep
+        check, end = keep + check - end, keep
     return orthonormal(basis[:k].double())
 
 
 def block_of(k: int) -> int:
     """Vectors a block: wide enough for fast products, narrow enough for few of them."""
-    return min(64, max(16, -(-k // 8) * 8))
+    return min(64, max(24, -(-k // 8) * 8))
 
 
 def _ritz(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,11 +71,3 @@ def _residual(rest: Tensor, values: Tensor, vectors: Tensor, k: int) -> float:
     s = values.clamp_min(0).sqrt()
     left = (vectors[:k, -len(rest) :] @ rest).norm(dim=1)
     return (left / s[:k].clamp_min(1e-6 * s[0])).max().item() / max(s[0].item(), 1e-30)
-
-
-def _blocks_to_go(excess: float) -> int:
-    """How many blocks until the next check: each gains a factor of about four, and a check is not free."""
-    blocks = 0
-    while excess > 1 and blocks < 4:
-        excess, blocks = excess / 4, blocks + 1
-    return max(1, blocks)

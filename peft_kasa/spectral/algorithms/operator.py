@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 CHUNK = 1 << 20  # entries of the weight that are widened to float64 at a time: 8 MB
 SMALL = 1 << 21  # entries up to which a float64 copy is kept instead: 16 MB
+CACHED = 1 << 24  # entries up to which two passes over the weight are as fast as one: 64 MB
+PANEL = 1024
 
 
 class Operator:
@@ -27,7 +30,9 @@ class Operator:
         self.m, self.n = max(w.shape), min(w.shape)
         self.single = w.to(torch.float32)
         self.norm = torch.linalg.vector_norm(self.single).item()
-        self._double = w.double() if w.numel() <= SMALL else None
+        self.floor = 1e-8 * self.norm  # errors of smaller values are measured against this: float64 ends there
+        rows = len(w) if w.numel() <= SMALL else max(1, CHUNK // w.shape[1])
+        self._double = w[:rows].double()
 
     @property
     def tall(self) -> Tensor:
@@ -41,6 +46,15 @@ class Operator:
     def down(self, y: Tensor) -> Tensor:
         """A^T y for each row y: (d, m) -> (d, n)."""
         return self._to_rows(y) if self.turned else self._from_rows(y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """A^T A x for each row x, (d, n) float32: by panels where the weight exceeds the caches, so it is read once."""
+        if self.w.numel() <= CACHED:
+            return self.down(self.up(x))
+        out = x.new_zeros(self.n, len(x))
+        for rows in self.tall.split(PANEL):
+            out.addmm_(rows.T, rows @ x.T)
+        return out.T
 
     def gram(self) -> Tensor:
         """A^T A in float32, (n, n): the lower triangle block by block, then mirrored, at 9/16 of the full cost."""
@@ -56,7 +70,11 @@ class Operator:
         """x W^T."""
         if x.dtype == torch.float32:
             return (self.single @ x.T).T
-        return torch.cat([x @ rows.T for rows in self._wide()], 1)
+        out, start = x.new_empty(len(x), self.w.shape[0]), 0
+        for rows in self._wide():
+            out[:, start : start + len(rows)] = x @ rows.T
+            start += len(rows)
+        return out
 
     def _from_rows(self, y: Tensor) -> Tensor:
         """y W."""
@@ -68,8 +86,10 @@ class Operator:
             start += len(rows)
         return out
 
-    def _wide(self) -> tuple[Tensor, ...] | map[Tensor]:
-        """The rows of the weight in float64, some at a time."""
-        if self._double is not None:
-            return (self._double,)
-        return map(Tensor.double, self.w.split(max(1, CHUNK // self.w.shape[1])))
+    def _wide(self) -> Iterator[Tensor]:
+        """The rows of the weight in float64, some at a time, in one buffer: to fault new memory in takes longer."""
+        if len(self._double) == len(self.w):
+            yield self._double
+            return
+        for rows in self.w.split(len(self._double)):
+            yield self._double[: len(rows)].copy_(rows)

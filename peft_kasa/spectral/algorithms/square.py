@@ -21,7 +21,7 @@ def square(op: Operator, k: int, tolerance: float, generator: torch.Generator, d
     """
     block = min(k + EXTRA, op.n)
     inverse = Inverse(op, dtype)
-    start = inverse_krylov(inverse, random(block, op, generator), depth=2 if 4 * block <= op.n else 1)
+    start = inverse_krylov(inverse, random(block, op, generator), depth=3 if 4 * block <= op.n else 1)
     return davidson(op, inverse, start.double(), k, block, tolerance)[:k].flip(0)
 
 

@@ -33,14 +33,14 @@ def triples(op: Operator, basis: Tensor) -> Triples:
 
 
 def error(op: Operator, found: Triples) -> float:
-    """max |A^T u - s v| over the triples, relative to the largest s among them (or to 1e-7 |A|, if that is larger).
+    """max |A^T u - s v| over the triples, relative to the largest s among them (or to 1e-8 |A|, if that is larger).
 
     Infinite if the vectors of a side are not orthonormal to ORTHONORMAL.
     """
     if max(_deviation(found.u), _deviation(found.v)) > ORTHONORMAL:
         return math.inf
     residual = (op.down(found.u) - found.s[:, None] * found.v).norm(dim=1).max().item()
-    return residual / max(found.s[0].item(), 1e-7 * op.norm)
+    return residual / max(found.s[0].item(), op.floor)
 
 
 def _deviation(x: Tensor) -> float:
