@@ -40,7 +40,7 @@ class Engine:
         device: where to compute. None: where the weight is (on MPS, which has no float64: the CPU).
         seed: of the random starts, together with the name given to each weight.
         tolerance: the gate: max |W^T u - s v| over the triples, relative to the largest s among them.
-            None: 3e-6 at the top, 1e-5 at the bottom, 1e-4 at the bottom of a square weight.
+            None: 3e-6 at the top, 1e-5 at the bottom.
         cache: a folder that keeps results, True for the default one, False for none. None: `PEFT_KASA_CACHE` says.
         workers: how many weights of a model at a time. None: as many as the threads that torch may use allow, up to 8.
         progress: whether `many` shows a progress bar. None: on a terminal.
@@ -148,14 +148,14 @@ class Engine:
 
     def _settings(self, w: Tensor, k: int, end: str, name: str) -> dict[str, object]:
         bits = {
-            "tolerance": self._tolerance(w, end),
+            "tolerance": self._tolerance(end),
             "seed": self._seed(name),
             "device": torch.device(self.device or w.device).type,
         }
         return {"k": k, "end": end, "algorithm": self.algorithm, **bits}
 
-    def _tolerance(self, w: Tensor, end: str) -> float:
-        return rules.tolerance(w.shape[0], w.shape[1], end) if self.tolerance is None else self.tolerance
+    def _tolerance(self, end: str) -> float:
+        return rules.TOLERANCE[end] if self.tolerance is None else self.tolerance
 
     def _seed(self, name: str) -> int:
         return zlib.crc32(f"{self.seed} {name}".encode())
@@ -168,7 +168,7 @@ class Engine:
         device = torch.device(self.device or w.device)
         w = w.detach().to("cpu" if device.type == "mps" else device)
         w, exponent = _scaled(w)
-        tag, tolerance = f"{name}: " if name else "", self._tolerance(w, end)
+        tag, tolerance = f"{name}: " if name else "", self._tolerance(end)
         with limited(rules.threads(*w.shape)):
             op = Operator(w)
             if op.norm == 0:

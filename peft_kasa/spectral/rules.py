@@ -6,6 +6,7 @@ from .algorithms.krylov import block_of
 from .threads import cores
 
 TINY = 256  # smaller dimension up to which one eigendecomposition beats everything
+TOLERANCE = {"top": 3e-6, "bottom": 1e-5}  # the default gates: the values are right to about their square
 SMALL = 768  # and up to which it beats inverse iteration on a rectangular weight
 THREADED = 1 << 21  # entries from which a second thread pays
 
@@ -35,13 +36,6 @@ def misfit(algorithm: str, m: int, n: int, k: int, end: str) -> str:
     if algorithm in ("square", "square64") and m != n:
         return f"{algorithm!r} needs a square weight"
     return ""
-
-
-def tolerance(m: int, n: int, end: str) -> float:
-    """The default gate. The bottom's values and norm are right to its square; a square weight's lie far apart."""
-    if end == "top":
-        return 3e-6
-    return 1e-4 if m == n else 1e-5
 
 
 def threads(m: int, n: int) -> int:

@@ -30,7 +30,7 @@ class Operator:
         self.m, self.n = max(w.shape), min(w.shape)
         self.single = w.to(torch.float32)
         self.norm = torch.linalg.vector_norm(self.single).item()
-        self.floor = 1e-8 * self.norm  # errors of smaller values are measured against this: float64 ends there
+        self.floor = 1e-9 * self.norm  # errors of smaller values are measured against this: float64 ends there
         rows = len(w) if w.numel() <= SMALL else max(1, CHUNK // w.shape[1])
         self._double = w[:rows].double()
 

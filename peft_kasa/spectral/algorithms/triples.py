@@ -33,7 +33,7 @@ def triples(op: Operator, basis: Tensor) -> Triples:
 
 
 def error(op: Operator, found: Triples) -> float:
-    """max |A^T u - s v| over the triples, relative to the largest s among them (or to 1e-8 |A|, if that is larger).
+    """max |A^T u - s v| over the triples, relative to the largest s among them (or to 1e-9 |A|, if that is larger).
 
     Infinite if the vectors of a side are not orthonormal to ORTHONORMAL.
     """
