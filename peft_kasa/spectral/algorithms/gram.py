@@ -16,7 +16,7 @@ def gram(op: Operator, k: int, end: str, tolerance: float) -> Tensor:
     """A basis (k, n) of the leading or trailing right singular vectors, by the Gram matrix's eigenvectors, refined.
 
     Gram matrix and `eigh` in float32 cost m n^2 and about 9 n^3; their bottom is wrong where the condition exceeds a
-    thousand. So up to STEPS Davidson steps follow, with residuals in float64 and the whole eigendecomposition
+    thousand. So one to STEPS Davidson steps follow, with residuals in float64 and the whole eigendecomposition
     E (L - theta)^-1 E^T as the preconditioner: each gains five or six digits.
     """
     rough, eigenvectors = torch.linalg.eigh(op.gram())
@@ -36,7 +36,7 @@ def gram(op: Operator, k: int, end: str, tolerance: float) -> Tensor:
         s = values[:k].sqrt()
         size = residual.norm(dim=1)
         error = (size[:k] / s.clamp_min(1e-14 * op.norm)).max().item() / max(s.max().item(), op.floor)
-        if error <= tolerance or step == STEPS or 2 * block > op.n:
+        if (error <= tolerance and step) or step == STEPS or 2 * block > op.n:  # one step is cheap, and gains digits
             break
         apart = rough - values[:, None].float()
         apart = torch.where(apart.abs() < floor, torch.where(apart < 0, -floor, floor), apart)

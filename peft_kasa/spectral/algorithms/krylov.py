@@ -23,7 +23,7 @@ def krylov(op: Operator, k: int, tolerance: float, generator: torch.Generator) -
     Baglama and Reichel 2005 for singular values). Cost: 4 m n per vector of the space, which takes about 14 blocks at
     the power-law spectra of language models. Error: the Ritz residual, below `tolerance` relative to the largest value.
     """
-    block = block_of(k)
+    block = block_of(k, op.n)
     keep = -(-k // block) * block + block
     space = min(op.n // block - 1, keep // block + (16 if block <= 32 else 9)) * block  # wide: `eigh` would cost most
     basis, back = (op.single.new_empty(space, op.n) for _ in range(2))
@@ -56,9 +56,9 @@ def krylov(op: Operator, k: int, tolerance: float, generator: torch.Generator) -
     return orthonormal(basis[:k].double())
 
 
-def block_of(k: int) -> int:
-    """Vectors a block: wide enough for fast products, narrow enough for few of them."""
-    return min(64, max(24, -(-k // 8) * 8))
+def block_of(k: int, n: int) -> int:
+    """Vectors a block: the narrower, the fewer in all; but wide enough for fast products with a large weight."""
+    return min(64, max(16 if n < 1536 else 24, -(-k // 8) * 8))
 
 
 def _ritz(gram: Tensor) -> tuple[Tensor, Tensor]:
