@@ -105,10 +105,19 @@ def test_top_is_the_default() -> None:
     assert torch.equal(Engine()(normal(5, 4), 2).s, Engine()(normal(5, 4), 2, end="top").s)
 
 
-def test_the_weight_is_not_written() -> None:
-    w = normal(6, 5)
-    Engine()(w, 3, "bottom")
-    assert torch.equal(w, normal(6, 5))
+@each_end
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 5), (2000, 1300), (1300, 2000), (1500, 1500)], ids=str)
+def test_the_weight_is_not_written(shape: tuple[int, int], dtype: torch.dtype, end: Any) -> None:
+    """Large ones are read in float64 some rows at a time, through a buffer."""
+    w = normal(*shape, dtype=dtype)
+    Engine()(w, 3, end)
+    assert torch.equal(w, normal(*shape, dtype=dtype))
+
+
+def test_a_large_float64_weight_is_read_as_it_is() -> None:
+    w = of_spectrum(1900, 1300, "power law")
+    assert torch.allclose(Engine(precision="float64")(w, 5).s, truth(w, 5, "top")[1], rtol=1e-9)
 
 
 # Degenerate -----------------------------------------------------------------------------------------------------

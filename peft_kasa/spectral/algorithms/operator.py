@@ -31,8 +31,9 @@ class Operator:
         self.single = w.to(torch.float32)
         self.norm = torch.linalg.vector_norm(self.single).item()
         self.floor = 1e-9 * self.norm  # errors of smaller values are measured against this: float64 ends there
-        rows = len(w) if w.numel() <= SMALL else max(1, CHUNK // w.shape[1])
-        self._double = w[:rows].double()
+        self._whole = w.dtype == torch.float64 or w.numel() <= SMALL
+        rows = max(1, CHUNK // w.shape[1])
+        self._double = w.double() if self._whole else w.new_empty(rows, w.shape[1], dtype=torch.float64)
 
     @property
     def tall(self) -> Tensor:
@@ -88,7 +89,7 @@ class Operator:
 
     def _wide(self) -> Iterator[Tensor]:
         """The rows of the weight in float64, some at a time, in one buffer: to fault new memory in takes longer."""
-        if len(self._double) == len(self.w):
+        if self._whole:
             yield self._double
             return
         for rows in self.w.split(len(self._double)):
