@@ -10,13 +10,14 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .algorithms.operator import squared
 from .engine import End
 from .refine import refined
 from .spectrum import Spectrum
 
 Cut: TypeAlias = Callable[[Tensor, int, End], Spectrum]  # an Engine, or anything that is called like one
 
-TOKENS = 1024  # in one product: its float32 sums stay short, its copies small
+TOKENS = 2048  # in one product: its float32 sums stay short, its copies small
 
 
 class Axes(NamedTuple):
@@ -96,7 +97,7 @@ class Covariance:
                 # The centre is rounded to `dtype`. What that leaves out is of second order: 4e-15 of the mean squared.
                 mean = part.mean(0, dtype=torch.float64)
                 centred = part.to(dtype).sub(mean.to(dtype)).div_(scale)
-                self._join(weight * len(part), mean, centred.T @ centred, weight * scale**2)
+                self._join(weight * len(part), mean, squared(centred), weight * scale**2)
 
     @torch.no_grad()
     def merge(self, other: Covariance) -> None:
