@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ def main(case: str, folder: Path) -> None:
         except (ValueError, RuntimeError) as error:
             print(error)
             sys.exit(3)
+    elif case == "meta":
+        with torch.device("meta") if rank else nullcontext():
+            values = kasa()
+        values = {} if rank else values
     elif case == "different":
         own = weights() | ({"more": torch.eye(5)} if rank else {})
         values = flat(Engine().many(own, 2, "bottom"))
@@ -66,7 +71,7 @@ def main(case: str, folder: Path) -> None:
         values = flat(Engine().many(weights(), 2, "bottom"))
     here = list(ran)
     dist.destroy_process_group()
-    alone = kasa() if case == "kasa" else flat(Engine().many(weights(), 2, "bottom"))
+    alone = kasa() if case in ("kasa", "meta") else flat(Engine().many(weights(), 2, "bottom"))
     torch.save({"values": values, "alone": alone, "ran": here, "names": names}, folder / f"{rank}.pt")
 
 

@@ -143,6 +143,15 @@ def test_two_ranks_end_with_the_same_bits(case: str, computed: int, tmp_path: Pa
     assert set(counts) == {computed}
 
 
+def test_a_rank_without_weights_keeps_no_other_waiting(tmp_path: Path) -> None:
+    """As where one rank loads the model, and the others wait for it on the meta device."""
+    results = launch("meta", tmp_path)
+    assert all(result.returncode == 0 for result in results), [result.stdout[-2000:] for result in results]
+    first = torch.load(tmp_path / "0.pt")
+    assert first["values"].keys() == first["alone"].keys()
+    assert all(torch.equal(value, first["alone"][name]) for name, value in first["values"].items())
+
+
 def test_an_error_on_one_rank_is_an_error_on_both(tmp_path: Path) -> None:
     results = launch("broken", tmp_path)
     assert all(result.returncode == 3 for result in results), [result.stdout[-2000:] for result in results]

@@ -68,8 +68,8 @@ class SpectralModel(BaseTuner):
             layers = list(layers_of(model, adapter_name))
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
-            if not values_follow and not any(layer.on_meta(adapter_name) for layer in layers):
-                begin(layers, adapter_name)
+            if not values_follow:  # other ranks may have the weights: this one says that it has none
+                begin([] if any(layer.on_meta(adapter_name) for layer in layers) else layers, adapter_name)
         except BaseException:
             withdraw(model, adapter_name)
             raise
