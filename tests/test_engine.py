@@ -456,6 +456,8 @@ REFUSED = {
     "negative rank": ((W, -1, "top"), "0 <= k <= min(5, 4) = 4. Found -1"),
     "whole numbers": ((W.long(), 2, "top"), "floating point. Found torch.int64 of shape (5, 4)"),
     "complex": ((W.to(torch.complex64), 2, "top"), "floating point. Found torch.complex64 of shape (5, 4)"),
+    "eight bits": ((W.to(torch.float8_e4m3fn), 2, "top"), "floating point. Found torch.float8_e4m3fn of shape (5, 4)"),
+    "sparse": ((W.to_sparse(), 2, "top"), "has to be a matrix of floating point"),
     "one dimension": ((W[0], 2, "top"), "has to be a matrix of floating point. Found torch.float32 of shape (4,)"),
     "three dimensions": ((W[None], 2, "top"), "has to be a matrix of floating point"),
     "another end": ((W, 2, "middle"), "`end` has to be 'top' or 'bottom'. Found 'middle'"),

@@ -19,8 +19,12 @@ def sketch(weight: Tensor) -> Tensor:
     The relative distance of two sketches estimates `|W1 - W2|_F / |W1|_F` to within about a third, whatever the shape.
     """
     m, n = weight.shape
-    left, right = (torch.randn(size, SIDE, generator=torch.Generator().manual_seed(size)) for size in (m, n + 1))
-    return (left.to(weight).T @ weight @ right[:n].to(weight)).float().cpu()
+    left, right = (
+        torch.randn(size, SIDE, generator=torch.Generator().manual_seed(size), dtype=torch.float32, device="cpu")
+        for size in (m, n + 1)
+    )
+    with torch.autocast(weight.device.type, enabled=False):
+        return (left.to(weight).T @ weight @ right[:n].to(weight)).float().cpu()
 
 
 def distance(saved: Tensor, found: Tensor) -> float:

@@ -110,7 +110,11 @@ class SpectralLinear(nn.Module, Merging, BaseTunerLayer):
         for name, parameter in self.slots(adapter).items():
             parameter.copy_(value := values[name])
             if noise is not None and name in learnt:
-                parameter.add_(torch.empty(value.shape).normal_(0, 0.05, generator=noise).to(parameter.device))
+                parameter.add_(
+                    torch.empty(value.shape, dtype=torch.float32, device="cpu")
+                    .normal_(0, 0.05, generator=noise)
+                    .to(parameter.device)
+                )
         self.adapters[adapter].awaiting = False
 
     def settle(self, adapter: str) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from ..spectral import Engine
+from ..spectral.checksum import checksum
 from ..spectral.sweep import Job, sweep
 from .base_weight import guard
 from .layer import SpectralLinear
@@ -34,12 +35,20 @@ def begin(layers: list[SpectralLinear], adapter: str) -> None:
             layer.base_layer.weight.device,
             partial(layer.begin, adapter, engine),
             list(layer.slots(adapter).values()),
+            partial(_about, layer, adapter),
         )
         for layer in layers
     ]
     sweep(jobs, f"{method}: decomposing")
     for layer in layers:
         layer.adapters[adapter].awaiting = False  # those that another rank computed too
+
+
+def _about(layer: SpectralLinear, adapter: str) -> object:
+    """All that a start follows from: the weight and the config."""
+    known = layer.adapters[adapter]
+    settings = {key: repr(value) for key, value in known.config.to_dict().items() if not isinstance(value, set | dict)}
+    return checksum(layer.base.matrix()), known.rank, known.scale, settings
 
 
 def settle(model: nn.Module) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .algorithms.operator import squared
 from .engine import End
+from .products import exact_products
 from .refine import refined
 from .spectrum import Spectrum
 
@@ -92,7 +92,7 @@ class Covariance:
             raise ValueError(f"Inputs have to be finite. Found {bad} NaN or infinite entries in {tuple(x.shape)}.")
         scale = 2.0 ** max(math.frexp(peak)[1] - 1, -100)  # keeps the squares in range; a power of 2 rounds nothing
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        with _exact_products(rows.device.type):
+        with exact_products(rows.device.type):
             for part in rows.split(TOKENS):
                 # The centre is rounded to `dtype`. What that leaves out is of second order: 4e-15 of the mean squared.
                 mean = part.mean(0, dtype=torch.float64)
@@ -172,23 +172,3 @@ class Covariance:
 
 def _place(x: Tensor) -> str:
     return f"of shape {tuple(x.shape)}{' on the meta device' if x.is_meta else ''}"
-
-
-@contextmanager
-def _exact_products(device: str) -> Iterator[None]:
-    """float32 products as float32 within autocast, and where TF32 or bf16 is allowed: those round to 1e-3."""
-    modern = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.9; the older switch then raises if mixed
-    parts = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if modern else []
-    before = [part.fp32_precision for part in parts] if modern else [torch.get_float32_matmul_precision()]
-    try:
-        for part in parts:
-            part.fp32_precision = "ieee"
-        if not modern:
-            torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for part, precision in zip(parts, before, strict=False):
-            part.fp32_precision = precision
-        if not modern:
-            torch.set_float32_matmul_precision(before[0])

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from . import rules
 from .algorithms import ALGORITHMS, Operator, error
 from .cache import located
+from .checksum import checksum
+from .products import exact_products
 from .spectrum import Spectrum
 from .sweep import Job, sweep
 from .threads import limited
@@ -23,6 +26,7 @@ from .threads import limited
 logger = logging.getLogger(__name__)
 
 End = Literal["top", "bottom"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SAFE = (1e-10, 1e10)  # norms outside are brought to about one: their squares would leave float32
 
 
@@ -117,6 +121,11 @@ class Engine:
         Raises:
             ValueError: as for one, with the weight's name.
         """
+        for name, w in weights.items():
+            try:
+                _check(w, k, end)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         dtype = getattr(torch, self.precision)
         cuts = {
             name: Spectrum(*(w.new_empty(shape, dtype=dtype) for shape in ((len(w), k), (k,), (k, w.shape[1]))))
@@ -132,7 +141,14 @@ class Engine:
                 empty.copy_(part)
 
         jobs = [
-            Job(name, (w.shape[0], w.shape[1]), w.device, lambda name=name: run(name), list(cuts[name]))  # type: ignore[misc]
+            Job(
+                name,
+                (w.shape[0], w.shape[1]),
+                torch.device(self.device or w.device),
+                partial(run, name),
+                list(cuts[name]),
+                partial(self._about, w, k, end),
+            )
             for name, w in weights.items()
         ]
         sweep(jobs, "decomposing", self.workers, self.progress)
@@ -157,6 +173,9 @@ class Engine:
     def _tolerance(self, end: str) -> float:
         return rules.TOLERANCE[end] if self.tolerance is None else self.tolerance
 
+    def _about(self, w: Tensor, k: int, end: str) -> object:
+        return checksum(w), str(w.dtype), self.precision, self._settings(w, k, end, "")
+
     def _seed(self, name: str) -> int:
         return zlib.crc32(f"{self.seed} {name}".encode())
 
@@ -169,7 +188,7 @@ class Engine:
         w = w.detach().to("cpu" if device.type == "mps" else device)
         w, exponent = _scaled(w)
         tag, tolerance = f"{name}: " if name else "", self._tolerance(end)
-        with limited(rules.threads(*w.shape)):
+        with limited(rules.threads(*w.shape)), exact_products(w.device.type):
             op = Operator(w)
             if op.norm == 0:
                 return _of_zero(w, k), 0.0, "none"
@@ -191,11 +210,15 @@ class Engine:
                     *("%s%s: error %.1e above %.1e, %s", tag, algorithm, missed, tolerance, then),
                 )
         cut = Spectrum(found.v.T, found.s, found.u) if op.turned else Spectrum(found.u.T, found.s, found.v)
-        return cut.scaled(2.0**exponent).signed(), missed, algorithm
+        return (
+            cut._replace(s=torch.ldexp(cut.s, torch.tensor(exponent, device=cut.s.device))).signed(),
+            missed,
+            algorithm,
+        )
 
 
 def _check(w: Tensor, k: int, end: str) -> None:
-    if w.ndim != 2 or not w.is_floating_point() or 0 in w.shape:
+    if w.ndim != 2 or w.dtype not in DTYPES or w.layout != torch.strided or 0 in w.shape:
         raise ValueError(f"`w` has to be a matrix of floating point. Found {w.dtype} of shape {tuple(w.shape)}.")
     if w.is_meta:
         raise ValueError("`w` has to hold values. Found a tensor on the meta device: load the weight first.")
@@ -216,7 +239,7 @@ def _scaled(w: Tensor) -> tuple[Tensor, int]:
     if largest == 0:
         return w, 0
     exponent = math.frexp(largest)[1]
-    return torch.ldexp(w.double(), torch.tensor(-exponent)), exponent
+    return torch.ldexp(w.double(), torch.tensor(-exponent, device=w.device)), exponent
 
 
 def _of_zero(w: Tensor, k: int) -> Spectrum:

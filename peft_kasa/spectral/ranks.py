@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def assigned(costs: Sequence[float], ranks: int) -> list[int]:
@@ -31,8 +34,9 @@ def owners(jobs: Sequence[object], costs: Sequence[float]) -> list[int] | None:
         jobs: a description of each, compared between ranks: ranks that were given other work each do their own.
         costs: of each, in any unit.
     """
-    if not _sharing():
+    if not sharing():
         return None
+    logger.info("waiting for the other ranks, to share %d decompositions (PEFT_KASA_SHARE=0 turns that off)", len(jobs))
     lists: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, list(jobs))
     return assigned(costs, len(lists)) if all(other == lists[0] for other in lists) else None
@@ -43,12 +47,8 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def agree(failure: Exception | None) -> None:
+def agree(failure: BaseException | None) -> None:
     """Raises on every rank what failed on any, so that none waits for results that will not come."""
-    if not _sharing():
-        if failure is not None:
-            raise failure
-        return
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
@@ -68,7 +68,8 @@ def exchange(results: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> None
             tensor.copy_(part.view_as(tensor))
 
 
-def _sharing() -> bool:
+def sharing() -> bool:
+    """Whether there are other ranks to share with."""
     if not dist.is_available() or not dist.is_initialized() or os.environ.get("PEFT_KASA_SHARE") == "0":
         return False
     return dist.get_world_size() > 1
@@ -79,4 +80,4 @@ def _carrier(device: torch.device) -> torch.device:
     backends = dist.get_backend_config() if hasattr(dist, "get_backend_config") else f"{device.type}:"
     if f"{device.type}:" in backends:
         return device
-    return torch.device("cuda", torch.cuda.current_device()) if "cuda:" in backends else torch.device("cpu")
+    return torch.device("cpu") if "cpu:" in backends else torch.device("cuda", torch.cuda.current_device())

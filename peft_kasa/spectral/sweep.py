@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import ranks, rules
-from .threads import settle
+from .products import exact_products
+from .threads import become_worker
 
 MOST = 8  # workers, each of which holds a weight and its factors
 STREAMS = 2  # on CUDA: one layer's panels hide behind another's products
@@ -25,6 +26,7 @@ class Job(NamedTuple):
     device: torch.device
     run: Callable[[], None]
     results: list[Tensor]  # what `run` fills in
+    about: Callable[[], object]  # all that the results follow from, to compare between ranks
 
 
 def sweep(jobs: Sequence[Job], title: str, workers: int | None = None, progress: bool | None = None) -> None:
@@ -40,18 +42,24 @@ def sweep(jobs: Sequence[Job], title: str, workers: int | None = None, progress:
         progress: whether to show a bar. None: on a terminal.
     """
     costs = [rules.cost(*job.shape) for job in jobs]
-    owners = ranks.owners([(job.name, job.shape, job.device.type) for job in jobs], costs)
+    told = [(job.name, job.shape, job.device.type, job.about()) for job in jobs] if ranks.sharing() else []
+    owners = ranks.owners(told, costs)
     order = sorted(range(len(jobs)), key=lambda index: -costs[index])
     mine = [jobs[index] for index in order if owners is None or owners[index] == ranks.rank()]
-    failure = None
+    failure: BaseException | None = None
     try:
-        with tqdm(total=len(mine), desc=title, unit="module", leave=False, disable=_hidden(progress)) as bar:
+        with (
+            exact_products("cpu"),
+            tqdm(total=len(mine), desc=title, unit="module", leave=False, disable=_hidden(progress)) as bar,
+        ):
             for threads in sorted({rules.threads(*job.shape) for job in mine}, reverse=True):
                 _run([job for job in mine if rules.threads(*job.shape) == threads], threads, workers, bar)
-    except Exception as error:
-        failure = error
-    ranks.agree(failure)
+    except BaseException as error:
+        if owners is None:
+            raise
+        failure = error  # Ctrl-C too: the other ranks have to hear of it
     if owners is not None:
+        ranks.agree(failure)
         ranks.exchange([job.results for job in jobs], owners)
 
 
@@ -69,9 +77,9 @@ def _run(jobs: list[Job], threads: int, workers: int | None, bar: tqdm) -> None:
         return
     for device in cuda:
         torch.cuda.synchronize(device)  # the weights have to be there before other streams read them
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(count, "decomposing", settle, (threads,)) as pool:
-        tasks = [pool.submit(_on_stream, job) for job in jobs]
+    before, mode = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    with ThreadPoolExecutor(count, "decomposing", become_worker, (threads,)) as pool:
+        tasks = [pool.submit(_work, job, mode) for job in jobs]
         try:
             for task in as_completed(tasks):
                 task.result()
@@ -85,11 +93,15 @@ def _run(jobs: list[Job], threads: int, workers: int | None, bar: tqdm) -> None:
             torch.set_num_threads(before)
 
 
-def _on_stream(job: Job) -> None:
-    if job.device.type != "cuda":
-        job.run()
-        return
-    stream = torch.cuda.Stream(job.device)
-    with torch.cuda.stream(stream):
-        job.run()
-    stream.synchronize()  # before anything it allocated is given to another stream
+def _work(job: Job, inference: bool) -> None:
+    """Runs a job in a worker: on a stream of its own on CUDA, and in the caller's mode, as a new thread has its own."""
+    with torch.inference_mode(inference):
+        if job.device.type != "cuda":
+            job.run()
+            return
+        stream = torch.cuda.Stream(job.device)
+        try:
+            with torch.cuda.stream(stream):
+                job.run()
+        finally:
+            stream.synchronize()  # before anything it allocated is given to another stream

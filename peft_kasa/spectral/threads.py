@@ -33,7 +33,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def settle(count: int) -> None:
+def become_worker(count: int) -> None:
     """Makes the calling thread a worker of a sweep, with a fixed count."""
     torch.set_num_threads(count)
     _worker.settled = True

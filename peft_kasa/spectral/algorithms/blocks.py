@@ -36,7 +36,9 @@ def extension(x: Tensor, basis: Tensor) -> Tensor:
 
 def random(rows: int, op: Operator, generator: torch.Generator) -> Tensor:
     """Orthonormal random rows, float32, drawn on the CPU: the same on every device."""
-    return orthonormal(torch.randn(rows, op.n, generator=generator).to(op.single.device))
+    return orthonormal(
+        torch.randn(rows, op.n, generator=generator, dtype=torch.float32, device="cpu").to(op.single.device)
+    )
 
 
 def inverse_krylov(inverse: Inverse, start: Tensor, depth: int) -> Tensor:

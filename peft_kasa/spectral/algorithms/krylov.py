@@ -41,9 +41,11 @@ def krylov(op: Operator, k: int, tolerance: float, generator: torch.Generator) -
             if end >= min(check, space):
                 values, vectors = _ritz(gram[:end, :end])
                 residual = _residual(rest, values, vectors, k)
+                if not math.isfinite(residual):
+                    raise torch.linalg.LinAlgError("the Krylov space overflowed")
                 if residual <= tolerance:
                     return orthonormal((vectors[:k] @ basis[:end]).double())
-                check = end + block * math.ceil(math.log(residual / tolerance, GAIN))
+                check = end + block * math.ceil(math.log(residual / max(tolerance, 1e-16), GAIN))
             spent = rest.norm(dim=1, keepdim=True) <= EXHAUSTED * back[part].norm(dim=1).max()
             if spent.any():  # the space is invariant already, and rounding is all that is left: go on at random
                 rest = torch.where(spent, random(block, op, generator), rest)

@@ -40,9 +40,12 @@ class Inverse:
     def __init__(self, gram: Tensor, shift: float) -> None:
         step = max(abs(shift), torch.finfo(torch.float32).tiny) / 4
         self.factor, info = self._factored(gram, shift)
-        while info:
+        for _ in range(60):
+            if not info:
+                return
             shift, step = shift - step, 2 * step
             self.factor, info = self._factored(gram, shift)
+        raise torch.linalg.LinAlgError("the Gram matrix has no Cholesky factor")
 
     @staticmethod
     def _factored(gram: Tensor, shift: float) -> tuple[Tensor, int]:
