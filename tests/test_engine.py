@@ -360,6 +360,21 @@ def test_every_algorithm_succeeds_alone_where_it_is_chosen(name: str, caplog: py
     assert ((cut.u * cut.s).double() @ cut.v.double() - (u * s) @ v).norm() <= 1e-5 * torch.linalg.vector_norm(w)
 
 
+HARD = {  # what each needs one of its steps for
+    "krylov, once the space is invariant": ("krylov", of_spectrum(*BIG, "rank 20"), 8, "top"),
+    "lapack in float32, all of it": ("lapack", normal(400, 300), 300, "top"),
+}
+
+
+@pytest.mark.parametrize(("algorithm", "w", "k", "end"), HARD.values(), ids=HARD)
+def test_no_slower_algorithm_has_to_help(
+    algorithm: str, w: Tensor, k: int, end: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="peft_kasa"):
+        Engine(algorithm=algorithm)(w.float(), k, end)
+    assert not caplog.records
+
+
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     st.integers(257, 340),

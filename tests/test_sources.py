@@ -529,7 +529,10 @@ def modern() -> None:
 
 
 @pytest.mark.usefixtures("precision")
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"),
+    reason="torch before 2.9 has not the switch that this turns",
+)
 @pytest.mark.parametrize("switch", [legacy, modern])
 def test_tf32_is_off_for_the_products_and_as_it_was_after(switch: Callable[[], None]) -> None:
     switch()

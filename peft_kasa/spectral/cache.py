@@ -134,8 +134,8 @@ def located(where: Where = None) -> Cache | None:
 
     Example:
         >>> from peft_kasa.spectral.cache import located
-        >>> located("/tmp/decompositions"), located(False)
-        (Cache('/tmp/decompositions'), None)
+        >>> located("decompositions").folder.name, located(False)
+        ('decompositions', None)
     """
     if where is None:
         value = os.environ.get("PEFT_KASA_CACHE", "").strip()

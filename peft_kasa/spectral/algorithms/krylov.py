@@ -1,4 +1,4 @@
-"""The largest triples, k up to about n / 6."""
+"""The largest triples, k up to about n / 10."""
 
 from __future__ import annotations
 

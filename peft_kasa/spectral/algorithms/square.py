@@ -16,7 +16,7 @@ def square(op: Operator, k: int, tolerance: float, generator: torch.Generator, d
     """A basis (k, n) of the k trailing right singular vectors, by an LU factor and block Davidson.
 
     (A^T A)^-1 = A^-1 A^-T by two solves with one LU of A: it works on the condition of A, not on its square. The factor
-    costs 2 n^3 / 3 and most of the time; four to six solves follow, because the bottom of a square spectrum is well
+    costs 2 n^3 / 3 and half of the time; about seven solves follow, because the bottom of a square spectrum is well
     separated. In float32 it fails where the smallest value lies below about 1e-6 of the largest: then take float64.
     """
     block = min(k + EXTRA, op.n)
