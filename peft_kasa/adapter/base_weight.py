@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 
@@ -40,6 +41,15 @@ class BaseWeight:
             weight = self.backend.get_base_weight(self.layer)
         weight = weight.detach().to(torch.float32)
         return weight.T if self.transposed else weight
+
+    def apply(self, x: Tensor) -> Tensor:
+        """W x, without the bias."""
+        if (bias := getattr(self.layer, "bias", None)) is None:
+            return self.layer(x)
+        if self.backend is None:
+            weight: Any = self.layer.weight
+            return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
+        return self.layer(x) - bias
 
     def unpack(self) -> None:
         """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since."""

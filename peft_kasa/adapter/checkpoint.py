@@ -10,7 +10,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from ..peft_type import PREFIX
-from .base_weight import BaseWeight
+from . import anchors
 from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
 
 DRIFT = (
@@ -30,25 +30,35 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     }
     layers = {path: layer for path, layer in ours.items() if adapter in layer.adapters}
     expected = {
-        f"{path}.{key}": (layer.name, key.rpartition(".")[2], tuple(value.shape))
+        f"{path}.{PREFIX}{holder}.{adapter}.{slot}": (layer.name, slot, tuple(value.shape))
         for path, layer in layers.items()
-        for key, value in layer.named_parameters()
-        if f".{adapter}." in key and key.startswith(PREFIX)
+        for holder, slots in (("learnt", layer.peft_kasa_learnt), ("frozen", layer.peft_kasa_frozen))
+        for slot, value in slots[adapter].named_parameters()
+        if slot not in left_out(layer, adapter)
     }
     _check_keys(expected, state)
     _check_others({key: value for key, value in state.items() if key not in expected})
     for key, (name, slot, shape) in expected.items():
         _check_value(name, slot, shape, state[key])
     saved = {layer: state[f"{path}.{PREFIX}frozen.{adapter}.{FINGERPRINT}"] for path, layer in layers.items()}
-    _warn_of_drift({layer.name: _check_base(layer.name, layer.base, sketched) for layer, sketched in saved.items()})
+    _warn_of_drift({layer.name: _check_base(layer, adapter, sketched) for layer, sketched in saved.items()})
 
 
-def arrived(name: str, base: BaseWeight, adapter: str, slots: dict[str, Tensor]) -> bool:
+def left_out(layer: Any, adapter: str) -> set[str]:
+    """The slots that the adapter's checkpoint does without."""
+    if layer.adapters[adapter].config.keeps_frames:
+        return set()
+    return anchors.left_out(layer.slots(adapter).keys(), layer.learnt(adapter) | {FINGERPRINT})
+
+
+def arrived(layer: Any, adapter: str) -> bool:
     """Whether a loader other than PEFT's (transformers' own, `load_state_dict`) has filled the slots of a layer.
 
     Raises:
         ValueError: if it filled only some, or from another base.
     """
+    name, without = layer.name, left_out(layer, adapter)
+    slots = {slot: value for slot, value in layer.slots(adapter).items() if slot not in without}
     if empty := [slot for slot, value in slots.items() if value.is_meta]:
         raise ValueError(
             f"{name}: {', '.join(empty)} of adapter {adapter!r} hold no values. Load them from its file, or "
@@ -62,7 +72,7 @@ def arrived(name: str, base: BaseWeight, adapter: str, slots: dict[str, Tensor])
             f"{name}: the file of adapter {adapter!r} did not give {', '.join(missing)}, or gave NaN. "
             "Save the adapter again from its source."
         )
-    if _check_base(name, base, slots[FINGERPRINT]) > SAME:
+    if _check_base(layer, adapter, slots[FINGERPRINT]) > SAME:
         warnings.warn(DRIFT + ".", stacklevel=2)  # the same words for each layer: Python shows them once
     return True
 
@@ -111,14 +121,20 @@ def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) ->
         raise ValueError(f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint.")
 
 
-def _check_base(name: str, base: BaseWeight, saved: Tensor) -> float:
-    if base.layer.weight.is_meta:
+def _check_base(layer: Any, adapter: str, saved: Tensor) -> float:
+    if layer.base_layer.weight.is_meta:
         return 0.0
-    found = distance(saved, sketch(base.matrix(as_repacked=True)))
+    found = distance(saved, sketch(layer.base.matrix(as_repacked=True)))
     if found > OTHER:
         raise ValueError(
-            f"{name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "
+            f"{layer.name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "
             f"{OTHER}). Load the base model that adapter_config.json names."
+        )
+    if found > SAME and not layer.adapters[adapter].config.keeps_frames:
+        raise ValueError(
+            f"{layer.name}: the adapter's file holds no frames, and this base weight is not the one to compute them "
+            f"from (relative distance {found:.1e}): another storage of it, or a relative. Load the base as it was "
+            "trained on, or save the adapter with save_frames=True."
         )
     return found
 

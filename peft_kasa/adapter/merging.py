@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
 
 
 class Merging:
@@ -46,3 +47,13 @@ class Merging:
         if self.merged_adapters:
             self.base.restore(self._original)
         self._original, self.merged_adapters = None, []
+
+    @torch.no_grad()
+    def original(self: Any) -> Tensor:
+        """The base weight (m, n) in float32 without what is merged into it."""
+        if not (names := list(self.merged_adapters)):
+            return self.base.matrix()
+        self.unmerge()
+        weight = self.base.matrix().clone()
+        self.merge(adapter_names=names)
+        return weight

@@ -2,72 +2,130 @@
 
 Where the start leaves the base, the layer keeps it frozen (`left0, core0, right0`) and learns zero-initialised
 differences (`left, core, right`). Elsewhere `left, core, right` are the values themselves, and a cut of the spectrum
-that leaves the base is kept as `cut_left, cut_right`.
+that leaves the base is kept as `cut_left, cut_right`. `fixed` is what the method's core needs besides. Where the left
+factor is the base weight times the right one (`through_base`), it is not kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..methods.method import Start
+from ..methods.method import SpectralConfig
+from ..methods.site import Start
 from ..spectral import LowRank
-from ..spectral.lowrank import times
+from ..spectral.lowrank import from_factors, times
 
 LEARNABLE = ("left", "core", "right")
+CUT = ("cut_left", "cut_right")
 
 Slots = Mapping[str, Tensor]
-Factors = tuple[Tensor, Tensor]  # up (m, k) and down (k, n)
+
+
+class Product(NamedTuple):
+    """up @ core @ down. A diagonal core is in `up` already, a full one stays apart: (m, k) by (k, k) costs more."""
+
+    up: Tensor  # (m, k)
+    core: Tensor | None  # (k, k)
+    down: Tensor  # (k, n)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Applies it to the last dimension, in the dtype of x."""
+        x = F.linear(x, self.down.to(x.dtype))
+        x = x if self.core is None else F.linear(x, self.core.to(x.dtype))
+        return F.linear(x, self.up.to(x.dtype))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """B (m, k) and A (k, n)."""
+        return (self.up if self.core is None else self.up @ self.core), self.down
+
+    def lowrank(self) -> LowRank:
+        """As a value of the algebra."""
+        return from_factors(self.up, self.down) if self.core is None else LowRank(*self)
 
 
 def pack(start: Start) -> dict[str, Tensor]:
     """The slots of a start, by name; `LEARNABLE` ones that are not in `start.train` stay frozen."""
-    trained = start.trained._asdict()
+    slots = start.trained._asdict()
     if start.displaced == "start":
-        differences = {name: torch.zeros_like(trained[name]) for name in start.train}
-        return {f"{name}0": value for name, value in trained.items()} | differences
-    if start.displaced is None:
-        return trained
-    cut_left, cut_right = start.displaced.factors()  # type: ignore[union-attr]
-    return trained | {"cut_left": cut_left, "cut_right": cut_right}
+        differences = {name: torch.zeros_like(slots[name]) for name in start.train}
+        slots = {f"{name}0": value for name, value in slots.items()} | differences
+    elif start.displaced is not None:
+        slots = slots | dict(zip(CUT, start.displaced.factors(), strict=True))  # type: ignore[union-attr]
+    if start.through_base:
+        del slots["left0"]
+    return slots if start.fixed is None else slots | {"fixed": start.fixed}
 
 
-def value(slots: Slots) -> LowRank:
-    """What learns, as it is now: L, C, R in float32."""
-    if "left0" not in slots:
-        return LowRank(*(slots[name].float() for name in LEARNABLE))
-    return LowRank(*(slots[f"{n}0"].float() + slots[n].float() if n in slots else slots[f"{n}0"] for n in LEARNABLE))
+def through_base(slots: Slots) -> bool:
+    """Whether the left factor is the base weight times the right one."""
+    return "right0" in slots and "left0" not in slots
 
 
-def update(slots: Slots, scale: float) -> Factors:
-    """Factors of s L C R minus the start (where it left the base); a cut is not in it.
+def value(slots: Slots, config: SpectralConfig) -> LowRank:
+    """What learns, as it is now: L, C, R in float32. Not for slots without a left factor."""
+    return LowRank(_now(slots, "left"), config.core(_now(slots, "core"), slots.get("fixed")), _now(slots, "right"))
+
+
+def update(slots: Slots, config: SpectralConfig, scale: float) -> Product:
+    """s L C R minus the start (where it left the base); a cut is not in it. With `through_base`, an (n, n) product that
+    the base weight is yet to be applied to.
 
     The difference is telescoped: with B = s L C and B0 = s L0 C0 it is (B - B0) R0 + B dR, and
     B - B0 = s (dL C + L0 dC). Subtracting B0 from B instead would cancel all the digits of a small update in bfloat16.
     """
-    left, core, right = value(slots)
-    if "left0" not in slots:
-        return scale * times(left, core), right
-    moved = torch.zeros_like(left)
-    if "left" in slots:
-        moved = moved + times(slots["left"].float(), core)
-    if "core" in slots:
-        moved = moved + times(slots["left0"].float(), slots["core"].float())
-    right0 = slots["right0"].float()
-    if "right" not in slots:
-        return scale * moved, right0
-    return torch.cat([scale * moved, scale * times(left, core)], 1), torch.cat([right0, slots["right"].float()])
+    if through_base(slots):
+        right = slots["right0"].float()
+        return _product(right.T, scale * core_difference(slots, config), right)
+    left, core, right = value(slots, config)
+    if "right0" not in slots:
+        return _product(left, scale * core, right)
+    if "left" not in slots and "right" not in slots:
+        return _product(left, scale * core_difference(slots, config), right)
+    parts = []
+    if "left" in slots or "core" in slots:
+        moved = torch.zeros_like(left)
+        if "left" in slots:
+            moved = moved + times(slots["left"].float(), core)
+        if "core" in slots:
+            moved = moved + times(slots["left0"].float(), core_difference(slots, config))
+        parts.append(Product(scale * moved, None, slots["right0"].float()))
+    if "right" in slots:
+        parts.append(Product(scale * times(left, core), None, slots["right"].float()))
+    return join(parts)
 
 
-def cut(slots: Slots) -> Factors | None:
-    """Factors of the cut of the spectrum that leaves the base, if there is one."""
-    return (slots["cut_left"], slots["cut_right"]) if "cut_left" in slots else None
+def core_difference(slots: Slots, config: SpectralConfig) -> Tensor:
+    """C - C0 where the start left the base: what learns itself, unless the core is a function of it."""
+    if not config.shapes_core:
+        return slots["core"].float()
+    fixed = slots.get("fixed")
+    return config.core(_now(slots, "core"), fixed) - config.core(slots["core0"].float(), fixed)
 
 
-def join(parts: list[Factors]) -> Factors:
-    """One pair of factors for the sum of several."""
+def cut(slots: Slots) -> Product | None:
+    """The cut of the spectrum that leaves the base, if there is one."""
+    return Product(slots["cut_left"], None, slots["cut_right"]) if "cut_left" in slots else None
+
+
+def join(parts: list[Product]) -> Product:
+    """One product for the sum of several."""
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([up for up, _ in parts], 1), torch.cat([down for _, down in parts])
+    factors = [part.folded() for part in parts]
+    return Product(torch.cat([up for up, _ in factors], 1), None, torch.cat([down for _, down in factors]))
+
+
+def _product(left: Tensor, core: Tensor, right: Tensor) -> Product:
+    return Product(left, core, right) if core.ndim == 2 else Product(left * core, None, right)
+
+
+def _now(slots: Slots, name: str) -> Tensor:
+    start = slots.get(f"{name}0")
+    if start is None:
+        return slots[name].float()
+    return start.float() + slots[name].float() if name in slots else start.float()

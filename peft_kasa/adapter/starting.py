@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import nn
 
 from ..spectral import Engine
 from ..spectral.checksum import checksum
+from ..spectral.covariance import Covariance
 from ..spectral.sweep import Job, sweep
 from .base_weight import guard
 from .layer import SpectralLinear
@@ -19,13 +20,33 @@ def all_layers(model: nn.Module) -> Iterator[SpectralLinear]:
     return (module for module in model.modules() if isinstance(module, SpectralLinear))
 
 
+def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, SpectralLinear]]:
+    """The layers of a model that have this adapter, with their paths in it."""
+    return (
+        (path, layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, SpectralLinear) and adapter in layer.adapters
+    )
+
+
 def layers_of(model: nn.Module, adapter: str) -> Iterator[SpectralLinear]:
     """The layers of a model that have this adapter."""
-    return (layer for layer in all_layers(model) if adapter in layer.adapters)
+    return (layer for _, layer in named_layers(model, adapter))
 
 
 def begin(layers: list[SpectralLinear], adapter: str) -> None:
     """Runs the method's start in each layer: several at a time, shared between ranks, behind a progress bar."""
+    _sweep(layers, adapter, SpectralLinear.begin, "decomposing")
+    for layer in layers:
+        layer.adapters[adapter].awaiting = False  # those that another rank computed too
+
+
+def rebuild(layers: list[SpectralLinear], adapter: str) -> None:
+    """Computes what a compact checkpoint leaves out in each layer, likewise. The anchors have their values by now."""
+    _sweep(layers, adapter, SpectralLinear.rebuild, "computing frames")
+
+
+def _sweep(layers: list[SpectralLinear], adapter: str, work: Callable[..., None], title: str) -> None:
     engine = Engine()
     method = layers[0].adapters[adapter].config.name if layers else ""
     jobs = [
@@ -33,29 +54,35 @@ def begin(layers: list[SpectralLinear], adapter: str) -> None:
             layer.name,
             (layer.out_features, layer.in_features),
             layer.base_layer.weight.device,
-            partial(layer.begin, adapter, engine),
+            partial(work, layer, adapter, engine),
             list(layer.slots(adapter).values()),
             partial(_about, layer, adapter),
         )
         for layer in layers
     ]
-    sweep(jobs, f"{method}: decomposing")
-    for layer in layers:
-        layer.adapters[adapter].awaiting = False  # those that another rank computed too
+    sweep(jobs, f"{method}: {title}")
 
 
 def _about(layer: SpectralLinear, adapter: str) -> object:
-    """All that a start follows from: the weight and the config."""
+    """All that a start follows from: the weight, the config and what was seen of data."""
     known = layer.adapters[adapter]
     settings = {key: repr(value) for key, value in known.config.to_dict().items() if not isinstance(value, set | dict)}
-    return checksum(layer.base.matrix()), known.rank, known.scale, settings
+    weight = layer.base.matrix()
+    evidence = layer.site(adapter, weight, Engine()).evidence
+    seen = evidence.scatter if isinstance(evidence, Covariance) else evidence
+    return checksum(weight), known.rank, known.scale, settings, None if seen is None else checksum(seen)
 
 
-def settle(model: nn.Module) -> None:
-    """Makes sure that every adapter has values: its file's, or else its method's start."""
+def settle(model: nn.Module, uncalibrated: bool = True) -> None:
+    """Makes sure that every adapter has values: its file's, or else its method's start.
+
+    Raises:
+        ValueError: one has to be calibrated first (unless `uncalibrated` ones are left as they are).
+    """
     for layer in all_layers(model):
-        for adapter in layer.adapters:
-            layer.settle(adapter)
+        for adapter, known in layer.adapters.items():
+            if uncalibrated or not known.uncalibrated:
+                layer.settle(adapter)
 
 
 def withdraw(model: nn.Module, adapter: str) -> None:

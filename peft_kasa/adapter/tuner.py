@@ -7,6 +7,7 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from . import checkpoint
+from .anchors import PREFIX as ANCHOR
 from .base_weight import guard, unsupported
 from .fingerprint import FINGERPRINT
 from .layer import SpectralLinear
-from .slots import LEARNABLE
-from .starting import all_layers, begin, layers_of, settle, withdraw
+from .slots import CUT, LEARNABLE
+from .starting import all_layers, begin, layers_of, named_layers, rebuild, settle, withdraw
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class SpectralModel(BaseTuner):
         On any error the model is left without the adapter.
         """
         _check_name(adapter_name)
-        settle(model)
+        settle(model, uncalibrated=False)
         config: Any = self.peft_config[adapter_name]
         values_follow = config.from_file or low_cpu_mem_usage or state_dict is not None
         config.from_file = False  # told once: another adapter with this config starts afresh
@@ -68,7 +70,8 @@ class SpectralModel(BaseTuner):
             layers = list(layers_of(model, adapter_name))
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
-            if not values_follow:  # other ranks may have the weights: this one says that it has none
+            if not values_follow and not (config.needs and config.statistics is None):
+                # other ranks may have the weights: one that has none says so
                 begin([] if any(layer.on_meta(adapter_name) for layer in layers) else layers, adapter_name)
         except BaseException:
             withdraw(model, adapter_name)
@@ -103,7 +106,11 @@ class SpectralModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
         settle(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        for path, layer in named_layers(model, adapter_name):
+            for slot in checkpoint.left_out(layer, adapter_name):
+                del state[f"{path}.{PREFIX}frozen.{adapter_name}.{slot}"]
+        return state
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -116,8 +123,11 @@ class SpectralModel(BaseTuner):
             if any(layer.adapters[adapter_name].awaiting for layer in layers_of(model, adapter_name)):
                 withdraw(model, adapter_name)
             raise
-        for layer in layers_of(model, adapter_name):
+        layers = list(layers_of(model, adapter_name))
+        for layer in layers:
             layer.adapters[adapter_name].awaiting = layer.on_meta(adapter_name)  # checked at first use then
+        if not config.keeps_frames and not any(layer.on_meta(adapter_name) for layer in layers):
+            _rebuild(model, adapter_name, mapped)
         return mapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -153,9 +163,24 @@ class SpectralModel(BaseTuner):
         return f"SpectralModel({self.model!r})"
 
 
+@torch.no_grad()
+def _rebuild(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
+    """Computes the frames that a compact checkpoint leaves out, beside the anchors that are in its state dict."""
+    named = list(named_layers(model, adapter))
+    for path, layer in named:
+        for slot, value in layer.slots(adapter).items():
+            if slot.startswith(ANCHOR):
+                value.copy_(state[f"{path}.{PREFIX}frozen.{adapter}.{slot}"])
+    try:
+        rebuild([layer for _, layer in named], adapter)
+    except ValueError:
+        withdraw(model, adapter)
+        raise
+
+
 def _check_name(adapter: str) -> None:
     """PEFT filters a state dict by `.<adapter>` in its keys, so a name that is also a slot's would lose tensors."""
-    slots = {*LEARNABLE, *(f"{slot}0" for slot in LEARNABLE), "cut_left", "cut_right", FINGERPRINT}
+    slots = {*LEARNABLE, *(f"{slot}0" for slot in LEARNABLE), *CUT, "fixed", FINGERPRINT}
     taken = adapter in slots or adapter in SpectralLinear.adapter_layer_names or hasattr(nn.ModuleDict(), adapter)
     if taken or "." in adapter:
         raise ValueError(

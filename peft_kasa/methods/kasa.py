@@ -8,8 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from ..spectral import LowRank
-from .method import Site, SpectralConfig, Start, require
+from .method import SpectralConfig, require
 from .orthogonality import from_orthonormal
+from .site import Site, Start
 
 
 @dataclass(repr=False)
@@ -55,7 +56,7 @@ class KaSAConfig(SpectralConfig):
         m, n = site.weight.shape
         trained = LowRank(site.zeros(m, site.rank), site.normal(site.rank), site.kaiming_uniform(site.rank, n))
         count = self._leaving(m, n, site.rank)
-        cut = site.svd(count, end="bottom").split() if count else None
+        cut = site.svd(count, "bottom").split() if count else None
         return Start(trained, ("left", "core", "right"), cut)
 
     def penalty(self, trained: LowRank) -> Tensor:

@@ -1,4 +1,4 @@
-"""The contract between a method of the family and everything that runs it: `Site`, `Start`, `SpectralConfig`.
+"""The config that every method of the family is, and their registry.
 
 A method sees one weight at a time (a `Site`) and answers with the low-rank value that it trains and with what leaves
 the base in exchange (a `Start`). Wrapping, quantised bases, saving, merging, export and regularisers are the same for
@@ -10,72 +10,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal
 
-import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from ..files import replacing
-from ..spectral import Engine, LowRank, Spectrum
-from ..spectral.engine import End
-
-Slot: TypeAlias = Literal["left", "core", "right"]
-
-
-class Site(NamedTuple):
-    """One weight as a method sees it. On the meta device nothing has a value and every answer has only its shape."""
-
-    name: str  # the module's name: in every error, and in every seed
-    weight: Tensor  # (m, n) float32, dequantised already
-    rank: int  # after rank_pattern, at most min(m, n)
-    scale: float  # s = alpha / r, after alpha_pattern
-    generator: torch.Generator  # seeded by the config's seed and the module's name
-    engine: Engine
-
-    def svd(self, k: int, end: End = "top") -> Spectrum:
-        """The k largest (`end="top"`) or smallest (`end="bottom"`) singular triples of the weight."""
-        if self.weight.is_meta:
-            m, n = self.weight.shape
-            return Spectrum(*(self.weight.new_empty(shape) for shape in ((m, k), (k,), (k, n))))
-        return self.engine(self.weight, k, end, self.name)
-
-    def zeros(self, *shape: int) -> Tensor:
-        """Zeros on the weight's device."""
-        return self.weight.new_zeros(shape)
-
-    def ones(self, *shape: int) -> Tensor:
-        """Ones on the weight's device."""
-        return self.weight.new_ones(shape)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Samples of N(0, 1) from the site's own generator, the same on every device."""
-        return self._sampled(self.weight.new_empty(0, device="cpu").new_empty(shape).normal_, shape)
-
-    def kaiming_uniform(self, *shape: int) -> Tensor:
-        """Samples of U(-b, b) with b = 1 / sqrt(columns): what LoRA and KaSA start their A from."""
-        bound = 1 / math.sqrt(shape[-1])
-        empty = self.weight.new_empty(0, device="cpu").new_empty(shape)
-        return self._sampled(lambda generator: empty.uniform_(-bound, bound, generator=generator), shape)
-
-    def _sampled(self, sample: Any, shape: tuple[int, ...]) -> Tensor:
-        if self.weight.is_meta:
-            return self.weight.new_empty(shape)
-        return sample(generator=self.generator).to(self.weight.device)
-
-
-class Start(NamedTuple):
-    """Where a method begins at one site: y = W x + (scale * trained - displaced) x.
-
-    `displaced` is what leaves the base. `"start"` means scale * trained as it is now, so the model begins exactly at
-    the base model. A `LowRank` means the r smallest or largest triples of the weight; where several active adapters
-    take such a cut from one weight, it leaves once and the largest wins. `None` means that nothing leaves.
-    """
-
-    trained: LowRank
-    train: tuple[Slot, ...]
-    displaced: LowRank | Literal["start"] | None = None
-
+from ..spectral import LowRank
+from .site import Needs, Site, Start
 
 _METHODS: dict[str, type[SpectralConfig]] = {}
 
@@ -104,6 +46,16 @@ class SpectralConfig(PeftConfig):
         seed: random starts depend on this and on the module's name, on nothing else.
         regularize: whether the method's regulariser acts at each optimiser step.
         reduction: whether the regulariser is the "mean" or the "sum" over modules.
+        save_frames: whether a checkpoint holds what is frozen, too. False: only what learns; the rest is computed from
+            the base weight again at loading, and refused where that is another. None: the method's own way.
+        rank_budget: how the ranks are chosen, before the start. None: r for all. "variance": r times the number of
+            modules is given to the largest shares of all (EVA, arXiv:2410.07170), and a module without any is left out.
+            A number 0 < t < 1: each module's smallest rank whose triples hold the share t. A dictionary: the ranks by
+            module name, as in rank_pattern. Shares are of the squared singular values of what the start comes from:
+            the weight, its inputs or its gradient.
+        rank_spread: with a rank_budget, no module gets a rank above rank_spread * r.
+        statistics: of the inputs or gradients, for methods that need them: what `calibrate` returned, or the path of
+            its file. Not written to adapter_config.json.
         init_weights: False adds noise to the start, so that it is not the identity (PEFT's tests use it).
         method: the method's name, written to adapter_config.json. Leave it alone.
 
@@ -113,6 +65,8 @@ class SpectralConfig(PeftConfig):
 
     name: ClassVar[str] = ""
     default_scale: ClassVar[float] = 1.0
+    needs: ClassVar[Needs] = ""  # what the start asks of data
+    compact: ClassVar[bool] = False  # what save_frames=None means is its opposite
 
     r: int = 8
     alpha: float | None = None
@@ -129,6 +83,10 @@ class SpectralConfig(PeftConfig):
     seed: int = 0
     regularize: bool = True
     reduction: Literal["mean", "sum"] = "mean"
+    save_frames: bool | None = None
+    rank_budget: Any = None
+    rank_spread: float = 2.0
+    statistics: Any = None
     init_weights: bool = True
     method: str = ""
 
@@ -156,12 +114,15 @@ class SpectralConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
+        self._check_budget()
         for rank in (self.r, *self.rank_pattern.values()):
             require(type(rank) is int and rank >= 1, "r has to be a whole number of at least 1", rank)
         require(0 <= self.dropout < 1, "dropout has to be 0 <= dropout < 1", self.dropout)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             number = isinstance(alpha, int | float) and alpha > 0
             require(alpha is None or number, "alpha has to be a number above 0", alpha)
+        frames = "save_frames has to be True: what comes from data cannot be computed again at loading"
+        require(not self.needs or self.keeps_frames, frames, self.save_frames)
         ignored = self.use_rslora and self.alpha is None and not self.alpha_pattern
         require(not ignored, "use_rslora needs alpha (without it the scale is the method's own)", self.alpha)
         require(isinstance(self.seed, int), "seed has to be a whole number", self.seed)
@@ -169,6 +130,16 @@ class SpectralConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             layered = self.layers_to_transform is not None or self.layers_pattern is not None
             require(not layered, "layers_to_transform needs target_modules as a list", self.target_modules)
+
+    def _check_budget(self) -> None:
+        budget = self.rank_budget
+        if isinstance(budget, dict):
+            self.rank_pattern, self.rank_budget = {**self.rank_pattern, **budget}, None
+            return
+        known = budget in (None, "variance") or (isinstance(budget, float) and 0 < budget < 1)
+        rule = "rank_budget has to be None, 'variance', a share between 0 and 1, or ranks by module name"
+        require(known, rule, budget)
+        require(self.rank_spread >= 1, "rank_spread has to be at least 1", self.rank_spread)
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """s for a module of this rank and alpha (after the patterns)."""
@@ -179,6 +150,27 @@ class SpectralConfig(PeftConfig):
     def start(self, site: Site) -> Start:
         """Where the method begins at one weight. May not branch on values: it also runs on the meta device."""
         raise NotImplementedError(f"{type(self).__name__} has to define `start`.")
+
+    def core(self, raw: Tensor, fixed: Tensor | None) -> Tensor:
+        """The core (k,) or (k, k) of what learns in its place, and of `Start.fixed`. The same, unless a method says."""
+        return raw
+
+    @property
+    def shapes_core(self) -> bool:
+        """Whether the core is a function of what learns."""
+        return type(self).core is not SpectralConfig.core
+
+    @property
+    def keeps_frames(self) -> bool:
+        """Whether a checkpoint of this config holds what is frozen."""
+        return not self.compact if self.save_frames is None else self.save_frames
+
+    def shares(self, site: Site, k: int) -> Tensor:
+        """What each of the k largest triples of the start's source holds of the whole, (k,): see `rank_budget`."""
+        if self.needs == "inputs" or self.needs == "scaled inputs":
+            return site.inputs.axes(k, site.engine, centred=self.needs == "inputs").explained
+        source = site.gradient if self.needs else site.weight
+        return site.svd(k, of=source).s.double().square() / source.double().square().sum().clamp_min(1e-300)
 
     def penalty(self, trained: LowRank) -> Tensor | float:
         """The regulariser of one module, before its reduction. 0.0: the method has none."""
@@ -191,7 +183,9 @@ class SpectralConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as adapter_config.json holds them: sets become sorted lists, so that a file is reproducible."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        fields = super().to_dict()
+        del fields["statistics"]
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes adapter_config.json whole or not at all."""

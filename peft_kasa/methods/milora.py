@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .method import Site, SpectralConfig, Start
+from .method import SpectralConfig
+from .site import Site, Start
 
 
 @dataclass(repr=False)
@@ -23,5 +24,5 @@ class MiLoRAConfig(SpectralConfig):
     name = "milora"
 
     def start(self, site: Site) -> Start:
-        bottom = site.svd(site.rank, end="bottom").scaled(1 / site.scale)
+        bottom = site.svd(site.rank, "bottom").scaled(1 / site.scale)
         return Start(bottom.balanced(), ("left", "right"), "start")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .method import Site, SpectralConfig, Start
+from .method import SpectralConfig
+from .site import Site, Start
 
 
 @dataclass(repr=False)

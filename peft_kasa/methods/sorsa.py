@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..spectral import LowRank
-from .method import Site, SpectralConfig, Start, require
+from .method import SpectralConfig, require
 from .orthogonality import from_orthonormal
+from .site import Site, Start
 
 
 @dataclass(repr=False)

@@ -144,6 +144,18 @@ class Covariance:
         total = moment.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
         return Axes(values.sqrt(), Spectrum(v.T, values, v).signed().v, values / total)
 
+    @torch.no_grad()
+    def quietest(self, k: int) -> Tensor:
+        """The k right singular vectors of X with the smallest singular values, (k, n) orthonormal rows: LoRA-Null's Q.
+
+        By `torch.linalg.eigh` in float64, O(n^3), the least of all last; signs as in `Axes`.
+        """
+        n = len(self.mean)
+        if not 0 <= k <= n:
+            raise ValueError(f"The rank has to be 0 <= k <= n = {n}. Found {k}.")
+        vectors = torch.linalg.eigh(self.matrix()).eigenvectors[:, :k].flip(1)  # ascending
+        return Spectrum(vectors, vectors.new_zeros(k), vectors.T).signed().v
+
     def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         n = len(self.mean)
         if x.ndim == 0 or x.shape[-1] != n or not x.is_floating_point() or x.is_meta:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import rules
+from . import batches, rules
 from .algorithms import ALGORITHMS, Operator, error
 from .cache import located
 from .checksum import checksum
@@ -22,12 +21,9 @@ from .products import exact_products
 from .spectrum import Spectrum
 from .sweep import Job, sweep
 from .threads import limited
+from .weights import End, check, of_zero, scaled
 
 logger = logging.getLogger(__name__)
-
-End = Literal["top", "bottom"]
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SAFE = (1e-10, 1e10)  # norms outside are brought to about one: their squares would leave float32
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,8 @@ class Engine:
 
     The algorithm follows from the shape, k and the end (`peft_kasa.spectral.rules`). Every answer is measured; where it
     misses the gate the next, slower algorithm runs and this is logged, down to LAPACK in float64.
-    The same weight, settings and name give the same bits on one device.
+    The same weight, settings and name give the same bits on one device. The exception: on CUDA, without a cache and with
+    "auto", `many` takes four or more small weights of one shape together, and bits may depend on which.
 
     Args:
         algorithm: "auto", or a name in `peft_kasa.spectral.algorithms.ALGORITHMS` to begin with.
@@ -93,7 +90,7 @@ class Engine:
         Raises:
             ValueError: the rule, what was found, and what to do.
         """
-        _check(w, k, end)
+        check(w, k, end)
         chain = self._chain(w.shape[0], w.shape[1], k, end)
         dtype = getattr(torch, self.precision)
         if k == 0:
@@ -123,7 +120,7 @@ class Engine:
         """
         for name, w in weights.items():
             try:
-                _check(w, k, end)
+                check(w, k, end)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         dtype = getattr(torch, self.precision)
@@ -132,25 +129,41 @@ class Engine:
             for name, w in weights.items()
         }
 
-        def run(name: str) -> None:
+        def one(name: str) -> None:
             try:
-                cut = self(weights[name], k, end, name)
+                fill(name, self(weights[name], k, end, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+
+        def fill(name: str, cut: Spectrum) -> None:
             for empty, part in zip(cuts[name], cut, strict=True):
                 empty.copy_(part)
 
-        jobs = [
-            Job(
-                name,
-                (w.shape[0], w.shape[1]),
-                torch.device(self.device or w.device),
-                partial(run, name),
-                list(cuts[name]),
-                partial(self._about, w, k, end),
+        def together(names: list[str], device: torch.device) -> None:
+            found = batches.cuts([weights[name] for name in names], k, end, self._tolerance(end), device)
+            for name, cut in zip(names, found, strict=True):
+                if cut is None:
+                    logger.info("%s: not with the others of its shape, trying alone", name)
+                    one(name)
+                else:
+                    fill(name, cut)
+
+        jobs = []
+        alone = self.algorithm != "auto" or located(self.cache) is not None  # an entry is what one weight alone gives
+        for names in [[name] for name in weights] if alone else batches.groups(weights, k, self.device):
+            w = weights[names[0]]
+            device = torch.device(self.device or w.device)
+            jobs.append(
+                Job(
+                    ", ".join(names),
+                    (w.shape[0], w.shape[1]),
+                    device,
+                    partial(one, names[0]) if len(names) == 1 else partial(together, names, device),
+                    [part for name in names for part in cuts[name]],
+                    partial(self._about, [weights[name] for name in names], k, end),
+                    len(names),
+                )
             )
-            for name, w in weights.items()
-        ]
         sweep(jobs, "decomposing", self.workers, self.progress)
         return cuts
 
@@ -173,8 +186,8 @@ class Engine:
     def _tolerance(self, end: str) -> float:
         return rules.TOLERANCE[end] if self.tolerance is None else self.tolerance
 
-    def _about(self, w: Tensor, k: int, end: str) -> object:
-        return checksum(w), str(w.dtype), self.precision, self._settings(w, k, end, "")
+    def _about(self, weights: list[Tensor], k: int, end: str) -> object:
+        return [(checksum(w), str(w.dtype), self.precision, self._settings(w, k, end, "")) for w in weights]
 
     def _seed(self, name: str) -> int:
         return zlib.crc32(f"{self.seed} {name}".encode())
@@ -186,12 +199,12 @@ class Engine:
         """The cut in float64, its error, and the algorithm that it came from."""
         device = torch.device(self.device or w.device)
         w = w.detach().to("cpu" if device.type == "mps" else device)
-        w, exponent = _scaled(w)
+        w, exponent = scaled(w)
         tag, tolerance = f"{name}: " if name else "", self._tolerance(end)
         with limited(rules.threads(*w.shape)), exact_products(w.device.type):
             op = Operator(w)
             if op.norm == 0:
-                return _of_zero(w, k), 0.0, "none"
+                return of_zero(w, k), 0.0, "none"
             for algorithm in chain:
                 last = algorithm == chain[-1]
                 try:
@@ -215,34 +228,3 @@ class Engine:
             missed,
             algorithm,
         )
-
-
-def _check(w: Tensor, k: int, end: str) -> None:
-    if w.ndim != 2 or w.dtype not in DTYPES or w.layout != torch.strided or 0 in w.shape:
-        raise ValueError(f"`w` has to be a matrix of floating point. Found {w.dtype} of shape {tuple(w.shape)}.")
-    if w.is_meta:
-        raise ValueError("`w` has to hold values. Found a tensor on the meta device: load the weight first.")
-    if not 0 <= k <= min(w.shape):
-        raise ValueError(f"The rank has to be 0 <= k <= min{tuple(w.shape)} = {min(w.shape)}. Found {k}.")
-    if end not in ("top", "bottom"):
-        raise ValueError(f"`end` has to be 'top' or 'bottom'. Found {end!r}.")
-
-
-def _scaled(w: Tensor) -> tuple[Tensor, int]:
-    """The weight times a power of two that brings its norm to about one, if it is tiny or huge; and the exponent."""
-    norm = torch.linalg.vector_norm(w).item()  # one pass: NaN, infinite entries and overflow all show in it
-    if SAFE[0] < norm < SAFE[1]:
-        return w, 0
-    if bad := int((~torch.isfinite(w)).sum()):
-        raise ValueError(f"`w` has to be finite. Found {bad} NaN or infinite entries.")
-    largest = w.abs().max().item()
-    if largest == 0:
-        return w, 0
-    exponent = math.frexp(largest)[1]
-    return torch.ldexp(w.double(), torch.tensor(-exponent, device=w.device)), exponent
-
-
-def _of_zero(w: Tensor, k: int) -> Spectrum:
-    m, n = w.shape
-    unit = torch.eye(max(m, n), k, dtype=torch.float64, device=w.device)
-    return Spectrum(unit[:m], unit.new_zeros(k), unit[:n].T)

@@ -49,6 +49,11 @@ class LowRank(NamedTuple):
         """`left @ core`, (m, k)."""
         return times(self.left, self.core)
 
+    def balanced(self) -> LowRank:
+        """The same matrix, the square roots of its diagonal core, which may not be negative, on both sides."""
+        root = self.core.clamp_min(0).sqrt()
+        return from_factors(self.left * root, root[:, None] * self.right)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (m, k) and A (k, n) with B @ A equal to the matrix: LoRA's two factors."""
         return self.up(), self.right

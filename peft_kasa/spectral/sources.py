@@ -40,6 +40,24 @@ def damped(c: Tensor, share: float = 0.01) -> Tensor:
 
 
 @torch.no_grad()
+def powered(c: Tensor, power: float) -> Tensor:
+    """C^power of a symmetric matrix (n, n) without negative eigenvalues, in float64. `oriented` by C^(1/2) instead of C
+    keeps what the outputs miss smallest: |W X - W' X| is |(W - W') C^(1/2)| in the Frobenius norm.
+
+    Example:
+        >>> import torch
+        >>> from peft_kasa.spectral.sources import powered
+        >>> powered(torch.diag(torch.tensor([9.0, 4.0])), 0.5).diagonal().tolist()
+        [3.0, 2.0]
+    """
+    _check("c", c, (c.shape[-1],) * 2 if c.ndim else None)
+    if power == 1:
+        return _wide(c)
+    values, vectors = torch.linalg.eigh(_wide(c))
+    return vectors * values.clamp_min(0) ** power @ vectors.T
+
+
+@torch.no_grad()
 def oriented(w: Tensor, c: Tensor, k: int, end: End, engine: Cut) -> LowRank:
     """The k largest or smallest triples of W C = U S V^T, taken back to W: U_k, S_k and V_k^T C^-1 (CorDA).
 
@@ -201,7 +219,8 @@ def first_step(gradient: Tensor, kind: Step) -> Tensor:
         >>> Engine()(step, 1).s.item()
         2.0
     """
-    _check("gradient", gradient)
+    if not gradient.is_meta:
+        _check("gradient", gradient)
     if kind not in ("sign", "plain"):
         raise ValueError(f"`kind` has to be 'sign' or 'plain'. Found {kind!r}.")
     return -gradient.sign() if kind == "sign" else -gradient

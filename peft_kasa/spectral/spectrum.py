@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lowrank import LowRank, from_factors
+from .lowrank import LowRank
 
 
 class Spectrum(NamedTuple):
@@ -39,8 +39,7 @@ class Spectrum(NamedTuple):
 
     def balanced(self) -> LowRank:
         """The square roots of the singular values on both sides: left = u sqrt(s), right = sqrt(s) v."""
-        root = self.s.clamp_min(0).sqrt()
-        return from_factors(self.u * root, root[:, None] * self.v)
+        return self.split().balanced()
 
     def signed(self) -> Spectrum:
         """The same triples with canonical signs."""

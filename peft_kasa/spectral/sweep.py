@@ -19,7 +19,7 @@ STREAMS = 2  # on CUDA: one layer's panels hide behind another's products
 
 
 class Job(NamedTuple):
-    """One weight's work."""
+    """The work of one weight, or of some of one shape together."""
 
     name: str
     shape: tuple[int, int]
@@ -27,6 +27,7 @@ class Job(NamedTuple):
     run: Callable[[], None]
     results: list[Tensor]  # what `run` fills in
     about: Callable[[], object]  # all that the results follow from, to compare between ranks
+    weights: int = 1  # how many
 
 
 def sweep(jobs: Sequence[Job], title: str, workers: int | None = None, progress: bool | None = None) -> None:
@@ -41,7 +42,7 @@ def sweep(jobs: Sequence[Job], title: str, workers: int | None = None, progress:
         workers: how many at a time. None: as many as torch's threads allow, at most 8.
         progress: whether to show a bar. None: on a terminal.
     """
-    costs = [rules.cost(*job.shape) for job in jobs]
+    costs = [job.weights * rules.cost(*job.shape) for job in jobs]
     told = [(job.name, job.shape, job.device.type, job.about()) for job in jobs] if ranks.sharing() else []
     owners = ranks.owners(told, costs)
     order = sorted(range(len(jobs)), key=lambda index: -costs[index])
@@ -50,7 +51,13 @@ def sweep(jobs: Sequence[Job], title: str, workers: int | None = None, progress:
     try:
         with (
             exact_products("cpu"),
-            tqdm(total=len(mine), desc=title, unit="module", leave=False, disable=_hidden(progress)) as bar,
+            tqdm(
+                total=sum(job.weights for job in mine),
+                desc=title,
+                unit="module",
+                leave=False,
+                disable=_hidden(progress),
+            ) as bar,
         ):
             for threads in sorted({rules.threads(*job.shape) for job in mine}, reverse=True):
                 _run([job for job in mine if rules.threads(*job.shape) == threads], threads, workers, bar)
@@ -73,17 +80,17 @@ def _run(jobs: list[Job], threads: int, workers: int | None, bar: tqdm) -> None:
     if count == 1 or len(jobs) == 1:
         for job in jobs:
             job.run()
-            bar.update()
+            bar.update(job.weights)
         return
     for device in cuda:
         torch.cuda.synchronize(device)  # the weights have to be there before other streams read them
     before, mode = torch.get_num_threads(), torch.is_inference_mode_enabled()
     with ThreadPoolExecutor(count, "decomposing", become_worker, (threads,)) as pool:
-        tasks = [pool.submit(_work, job, mode) for job in jobs]
+        tasks = {pool.submit(_work, job, mode): job.weights for job in jobs}
         try:
             for task in as_completed(tasks):
                 task.result()
-                bar.update()
+                bar.update(tasks[task])
         except BaseException:
             for task in tasks:
                 task.cancel()

@@ -1,0 +1,157 @@
+"""How the slots of a layer get their values: from the method's start, or from a file."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.method import SpectralConfig, require
+from ..methods.site import Site, Start
+from ..peft_type import PREFIX
+from ..spectral import Engine
+from . import anchors, checkpoint
+from . import slots as slot
+from .fingerprint import FINGERPRINT, SIDE, sketch
+
+
+@dataclass
+class Adapter:
+    """What a layer knows of one adapter besides its tensors."""
+
+    config: SpectralConfig
+    rank: int
+    scale: float
+    awaiting: bool = True  # its slots have no values yet: a file or the method's start will give them
+    peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
+    trained: bool = False  # a forward pass has asked for its gradients
+    masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
+
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether it waits for statistics of data."""
+        return self.awaiting and bool(self.config.needs) and self.config.statistics is None
+
+
+class Filling:
+    """The part of a `SpectralLinear` that makes slots and gives them values."""
+
+    def reserve(self: Any, adapter: str, config: SpectralConfig, rank: int, scale: float) -> None:
+        """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
+        m, n = self.out_features, self.in_features
+        rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
+        require(rank <= min(m, n), rule, rank)
+        self.adapters[adapter] = Adapter(config, rank, scale)
+        start = self._start(adapter, torch.empty(m, n, device="meta"), Engine())
+        values = slot.pack(start)
+        if not config.keeps_frames:
+            values |= anchors.anchors(values, start.train)
+        shapes = {name: tuple(value.shape) for name, value in values.items()} | {FINGERPRINT: (SIDE, SIDE)}
+        self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter] = nn.Module(), nn.Module()
+        self.frozen_peft_weight_names[adapter] = (PREFIX + "frozen",)
+        for name, shape in shapes.items():
+            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
+            learns = name in start.train
+            holder = self.peft_kasa_learnt if learns else self.peft_kasa_frozen
+            holder[adapter].register_parameter(name, nn.Parameter(empty, requires_grad=learns))
+            if learns:
+                self.adapters[adapter].masters[name] = empty
+
+    @torch.no_grad()
+    def begin(self: Any, adapter: str, engine: Engine) -> None:
+        """Gives the adapter its method's start, computed from the base weight."""
+        values = self._computed(adapter, engine)
+        config, learnt = self.adapters[adapter].config, self.learnt(adapter)
+        if not config.keeps_frames:
+            values |= anchors.anchors(values, learnt)
+        noise = None if config.init_weights else self._generator(adapter, "noise")
+        for name, parameter in self.slots(adapter).items():
+            parameter.copy_(values[name])
+            if noise is not None and name in learnt:
+                sample = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.add_(sample.normal_(0, 0.05, generator=noise).to(parameter.device))
+        self.adapters[adapter].awaiting = False
+
+    @torch.no_grad()
+    def rebuild(self: Any, adapter: str, engine: Engine) -> None:
+        """Computes what a compact checkpoint leaves out, and makes sure that it is what was trained beside.
+
+        Raises:
+            ValueError: the base weight does not give it; the message says what to do.
+        """
+        slots = self.slots(adapter)
+        saved = {name: value for name, value in slots.items() if name.startswith(anchors.PREFIX)}
+        values = self._computed(adapter, engine)
+        try:
+            values = anchors.aligned(values, saved)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        for name in anchors.left_out(slots.keys(), self.learnt(adapter) | {FINGERPRINT}):
+            if slots[name].is_meta:
+                self.peft_kasa_frozen[adapter].register_parameter(name, nn.Parameter(values[name], requires_grad=False))
+            else:
+                slots[name].copy_(values[name])
+
+    def settle(self: Any, adapter: str) -> None:
+        """Makes sure that the adapter has values: a file's, checked, or else its method's start.
+
+        Raises:
+            ValueError: the method starts from statistics of data, and has none.
+        """
+        known = self.adapters[adapter]
+        if not known.awaiting:
+            return
+        if checkpoint.arrived(self, adapter):
+            if not known.config.keeps_frames:
+                self.rebuild(adapter, Engine())
+            known.awaiting = False
+        elif known.uncalibrated:
+            raise ValueError(
+                f"{self.name}: adapter {adapter!r} ({known.config.name}) starts from {known.config.needs} of data and "
+                f"has seen none. Call calibrate(model, data, adapter={adapter!r}) first."
+            )
+        else:
+            self.begin(adapter, Engine())
+
+    def learnt(self: Any, adapter: str) -> set[str]:
+        """The names of the adapter's slots that learn."""
+        return set(self.peft_kasa_learnt[adapter]._parameters)
+
+    def on_meta(self: Any, adapter: str) -> bool:
+        """Whether the adapter's slots, or the base weight, are without storage."""
+        return self.base_layer.weight.is_meta or any(value.is_meta for value in self.slots(adapter).values())
+
+    def _computed(self: Any, adapter: str, engine: Engine) -> dict[str, Tensor]:
+        """The slots of the start at the base weight, and the fingerprint of that."""
+        weight = self.base.matrix()
+        if weight.is_meta:
+            raise ValueError(
+                f"{self.name}: the base weight is on the meta device (offloaded, or not loaded yet), so {adapter!r} "
+                "cannot start from it. Load the base onto a device first."
+            )
+        if not torch.isfinite(torch.linalg.vector_norm(weight)) and (bad := int((~torch.isfinite(weight)).sum())):
+            raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
+        values = slot.pack(self._start(adapter, weight, engine))
+        values[FINGERPRINT] = sketch(self.base.matrix(as_repacked=True))
+        return values
+
+    def _generator(self: Any, adapter: str, use: str = "") -> torch.Generator:
+        seed = self.adapters[adapter].config.seed
+        return torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name} {use}".encode()))
+
+    def site(self: Any, adapter: str, weight: Tensor, engine: Engine) -> Site:
+        """The layer as the adapter's method sees it."""
+        known = self.adapters[adapter]
+        evidence = None
+        if known.config.needs and not weight.is_meta and known.config.statistics is not None:
+            evidence = known.config.statistics.evidence(self.name)
+        return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence)
+
+    def _start(self: Any, adapter: str, weight: Tensor, engine: Engine) -> Start:
+        try:
+            return self.adapters[adapter].config.start(self.site(adapter, weight, engine))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
