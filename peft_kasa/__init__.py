@@ -18,14 +18,24 @@ from .adapter.layer import SpectralLinear  # noqa: E402
 from .adapter.register import register as _register  # noqa: E402
 from .adapter.tuner import SpectralModel  # noqa: E402
 from .methods import (  # noqa: E402
+    CorDAConfig,
+    EVAConfig,
     KaSAConfig,
+    LoRANullConfig,
+    LoRAOneConfig,
+    LoRASBConfig,
+    LoRAXSConfig,
     MiLoRAConfig,
+    NLoRAConfig,
     PiSSAConfig,
     Site,
     SORSAConfig,
+    SpectralAdapterConfig,
     SpectralConfig,
     Start,
+    SVFConfig,
     SVFitConfig,
+    SVFTConfig,
 )
 from .training import callback as _callback  # noqa: E402
 from .training import regularise as _regularise  # noqa: E402
@@ -38,6 +48,16 @@ _callback.install()
 __version__ = "0.1.0"
 
 __all__ = [
+    "CorDAConfig",
+    "EVAConfig",
+    "LoRANullConfig",
+    "LoRAOneConfig",
+    "LoRASBConfig",
+    "LoRAXSConfig",
+    "NLoRAConfig",
+    "SpectralAdapterConfig",
+    "SVFConfig",
+    "SVFTConfig",
     "KaSAConfig",
     "LoraExport",
     "MiLoRAConfig",

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from peft_kasa.adapter.calibrate import calibrate
+from peft_kasa.adapter.statistics import Statistics
+from peft_kasa.methods import methods
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {
@@ -25,7 +31,12 @@ BASES = [*FLOATS, "nf4", "int8"]
 
 
 def make(folder: str) -> None:
-    """Saves the tiny model, from a fixed seed."""
+    """Saves the tiny model."""
+    fresh().save_pretrained(folder)
+
+
+def fresh() -> LlamaForCausalLM:
+    """The tiny model in float32, from a fixed seed."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -37,7 +48,33 @@ def make(folder: str) -> None:
         max_position_embeddings=64,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM(config).eval()
+
+
+def stack() -> nn.Sequential:
+    """Three linear layers, of 12 x 24, 20 x 12 and 20 x 20 with biases."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 20))
+
+
+@cache
+def statistics(needs: str) -> Statistics:
+    """What a data-driven member needs of the tiny model and of the stack, over random data."""
+    rng = torch.get_rng_state()
+    config_class = next(known for known in methods().values() if known.needs == needs)
+    rows = [{"input_ids": tokens(1, 16, seed)[0]} for seed in range(16)]
+    llama = calibrate(fresh(), rows, config_class(target_modules="all-linear"))
+    inputs = torch.randn(16, 1, 8, 24, generator=torch.Generator().manual_seed(9))
+    scored = calibrate(Scored(*stack()), [{"input": x} for x in inputs], config_class(target_modules=["0", "2", "4"]))
+    torch.set_rng_state(rng)
+    return Statistics.joined([llama, scored])
+
+
+class Scored(nn.Sequential):
+    """A stack that returns a loss, as models of transformers do."""
+
+    def forward(self, input: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=super().forward(input).square().mean())
 
 
 def load(folder: str, kind: str = "fp32") -> LlamaForCausalLM:

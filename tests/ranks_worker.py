@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peft_kasa.spectral import Engine
+from peft_kasa.spectral import Engine, stacks
 
 ran: list[str] = []
 computed = Engine._computed
@@ -21,6 +21,21 @@ computed = Engine._computed
 def noted(self: Engine, w: Any, k: int, end: str, name: str, chain: Any) -> Any:
     ran.append(name)
     return computed(self, w, k, end, name, chain)
+
+
+def noted_together(weights: Any, *rest: Any) -> Any:
+    ran.append(str(tuple(weights[0].shape)))
+    return cuts(weights, *rest)
+
+
+cuts = stacks.cuts
+
+
+def alike() -> dict[str, torch.Tensor]:
+    return {
+        f"layers.{index}": torch.randn(shape, generator=torch.Generator().manual_seed(index))
+        for index, shape in enumerate([(60, 40), (40, 60)] * 5)
+    }
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -71,11 +86,15 @@ def main(case: str, folder: Path) -> None:
         if case == "different":  # the same names and shapes
             own = weights() | ({"layers.1": torch.eye(300, 290)} if rank else {})
         values = flat(Engine().many(own, 2, "bottom"))
+    elif case == "together":
+        stacks._devices, stacks.cuts = {"cpu"}, noted_together
+        values, names = flat(Engine().many(alike(), 2, "bottom")), ["(60, 40)", "(40, 60)"]
     else:
         values = flat(Engine().many(weights(), 2, "bottom"))
     here = list(ran)
     dist.destroy_process_group()
-    alone = kasa() if case in ("kasa", "meta") else flat(Engine().many(weights(), 2, "bottom"))
+    given = alike() if case == "together" else weights()
+    alone = kasa() if case in ("kasa", "meta") else flat(Engine().many(given, 2, "bottom"))
     torch.save({"values": values, "alone": alone, "ran": here, "names": names}, folder / f"{rank}.pt")
 
 

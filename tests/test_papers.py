@@ -9,7 +9,7 @@ from typing import Any
 import bases
 import pytest
 import torch
-from members import MEMBERS, REGULARIZED, Member
+from members import MEMBERS, REGULARIZED, VARIANTS, Member
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from torch import Tensor, nn
@@ -30,31 +30,42 @@ SCALES: dict[str, tuple[dict[str, Any], list[int], list[float] | None]] = {  # c
         [3.0, 0.5, 1.4],
     ),
 }
+# Whose triples or entries are drawn at random, or are not in the reference: tested one by one below.
+UNSPECIFIED = ("svft random", "lora_xs noisy", "slora", "pissa middle", "milora random")
 TRUNCATIONS: list[dict[str, Any]] = [
     {"truncation": truncation, "reference_truncation": rule} for rule in (False, True) for truncation in (None, 0, 3)
 ]
-each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
+SPECIFIED = [member for member in [*MEMBERS, *VARIANTS] if str(member) not in UNSPECIFIED]
+each_member = pytest.mark.parametrize("member", SPECIFIED, ids=str)
 each_scale = pytest.mark.parametrize("case", SCALES.values(), ids=SCALES)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum"])
 each_form = pytest.mark.parametrize("form", ["reference", "paper"])
 each_truncation = pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
 
 
-def stack() -> nn.Sequential:
-    """Three linear layers, of 12 x 24, 20 x 12 and 20 x 20 with biases."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 20))
-
-
 def adapted(member: Member, **given: Any) -> tuple[PeftModel, list[SpectralLinear]]:
     """The stack with an adapter, and its layers."""
-    model = get_peft_model(stack(), member.config(**({"r": R, "target_modules": list(NAMES)} | given)))
+    model = get_peft_model(bases.stack(), member.config(**({"r": R, "target_modules": list(NAMES)} | given)))
     return model, [model.base_model.model[int(name)] for name in NAMES]
 
 
 def reference(member: Member) -> Any:
     """The module in tests/reference of a member."""
     return importlib.import_module(f"reference.{member.name}")
+
+
+def papers_start(member: Member, layer: SpectralLinear, r: int, s: float, **options: Any) -> tuple[Tensor, ...]:
+    """The base, left, core and right of the paper at a layer of the stack, whatever the paper's start needs."""
+    needs, evidence = member.config_class.needs, []
+    if needs:
+        found = bases.statistics(needs).evidence(layer.name)
+        dense = found if isinstance(found, Tensor) else found.matrix(centred=needs == "inputs")
+        evidence = [dense.double()]
+    return reference(member).start(weight(layer), r, s, *evidence, **member.paper, **options)
+
+
+def times(left: Tensor, core: Tensor) -> Tensor:
+    return left * core if core.ndim == 1 else left @ core
 
 
 def weight(layer: SpectralLinear) -> Tensor:
@@ -87,7 +98,7 @@ def check_outputs(member: Member, ranks: list[int], scales: list[float] | None, 
     through = x.double()
     with torch.no_grad():
         for layer, r, s in zip(layers, ranks, scales, strict=True):
-            base = paper.start(weight(layer), r, s, **options)[0]
+            base = papers_start(member, layer, r, s, **options)[0]
             expected = paper.forward(through, base, *values(layer), s) + layer.base_layer.bias
             assert distance(layer(through.float()), expected) < 1e-5
             assert distance(layer(through.float()), layer.base_layer(through.float())) > 1e-3  # it is not the base's
@@ -106,26 +117,28 @@ def test_start_is_the_papers(member: Member, case: Any) -> None:
     _, layers = adapted(member, **given)
     paper = reference(member)
     for layer, r, s in zip(layers, ranks, scales or [paper.SCALE] * 3, strict=True):
-        _, left, core, right = paper.start(weight(layer), r, s)
+        _, left, core, right = papers_start(member, layer, r, s)
         found = layer.value("default")
         assert found.left.shape == left.shape
         assert found.right.shape == right.shape
         assert layer.adapters["default"].scale == pytest.approx(s)
-        assert (s * found.dense() - s * left * core @ right).norm() < 1e-6 * weight(layer).norm()
+        size = s * torch.linalg.matrix_norm(left, 2) * core.abs().max() * torch.linalg.matrix_norm(right, 2)
+        bound = 1e-6 * torch.maximum(weight(layer).norm(), size)  # a pseudo-inverse is large, and its float32 rounding
+        assert (s * found.dense() - s * times(left, core) @ right).norm() < bound
 
 
-@pytest.mark.parametrize("member", [member for member in MEMBERS if member.identity], ids=str)
+@pytest.mark.parametrize("member", [member for member in SPECIFIED if member.name != "kasa"], ids=str)
 @each_scale
 def test_factors_of_the_start_are_the_papers_up_to_pairs_of_signs(member: Member, case: Any) -> None:
     given, ranks, scales = case
     _, layers = adapted(member, **given)
     paper = reference(member)
     for layer, r, s in zip(layers, ranks, scales or [paper.SCALE] * 3, strict=True):
-        _, left, core, right = paper.start(weight(layer), r, s)
+        _, left, core, right = papers_start(member, layer, r, s)
         found = layer.value("default")
-        sign = (found.left * left).sum(0).sign()
+        sign = (found.right * right).sum(1).sign()
         assert distance(found.left, left * sign) < 1e-5
-        assert distance(found.core, core) < 1e-5
+        assert distance(found.core, core if core.ndim == 1 else sign[:, None] * core * sign) < 1e-5
         assert distance(found.right, right * sign[:, None]) < 1e-5
 
 
@@ -202,10 +215,14 @@ def test_gradient_of_the_output_is_the_papers(member: Member, case: Any) -> None
     for layer, r, s in zip(layers, ranks, scales or [paper.SCALE] * 3, strict=True):
         x, direction = inputs(layer.in_features), inputs(layer.out_features)
         point = dict(zip(("left", "core", "right"), values(layer), strict=True))
-        base, *_ = paper.start(weight(layer), r, s)
+        base, *_ = papers_start(member, layer, r, s)
         expected = (paper.forward(x.double(), base, *point.values(), s) * direction).sum()
-        exact = torch.autograd.grad(expected, [point[slot] for slot in member.learns])
-        learning = [layer.slots("default")[slot] for slot in member.learns]
+        shaped = layer.adapters["default"].config.shapes_core  # see the tests of cores that are functions
+        slots = [slot for slot in member.learns if not (shaped and slot == "core")]
+        if not slots:
+            continue
+        exact = torch.autograd.grad(expected, [point[slot] for slot in slots])
+        learning = [layer.slots("default")[slot] for slot in slots]
         for found, truth in zip(torch.autograd.grad((layer(x) * direction).sum(), learning), exact, strict=True):
             assert distance(found, truth) < 1e-5
 
@@ -289,7 +306,7 @@ def test_mean_regulariser_is_the_sum_over_the_number_of_modules(member: Member) 
 
 def pefts(**given: Any) -> tuple[PeftModel, list[Any]]:
     """The same stack under PEFT's LoRA, and its layers."""
-    model = get_peft_model(stack(), LoraConfig(r=R, target_modules=list(NAMES), **given))
+    model = get_peft_model(bases.stack(), LoraConfig(r=R, target_modules=list(NAMES), **given))
     return model, [model.base_model.model[int(name)] for name in NAMES]
 
 
@@ -307,7 +324,7 @@ def copy_into_peft(ours: list[SpectralLinear], theirs: list[Any]) -> None:
 @pytest.mark.parametrize("alpha", [R, 6])
 def test_pissa_is_pefts_pissa(alpha: int) -> None:
     """Differs as documented: PEFT rewrites the base weight, here what leaves is subtracted beside it."""
-    ours = get_peft_model(stack(), PiSSAConfig(r=R, alpha=alpha, target_modules=list(NAMES)))
+    ours = get_peft_model(bases.stack(), PiSSAConfig(r=R, alpha=alpha, target_modules=list(NAMES)))
     layers = [ours.base_model.model[int(name)] for name in NAMES]
     theirs, loras = pefts(lora_alpha=alpha, init_lora_weights="pissa")
     x = inputs(24)
@@ -320,12 +337,12 @@ def test_pissa_is_pefts_pissa(alpha: int) -> None:
     bases.move(ours)
     copy_into_peft(layers, loras)
     assert distance(ours(x), theirs(x)) < 1e-5
-    assert distance(ours(x), stack()(x)) > 1e-2
+    assert distance(ours(x), bases.stack()(x)) > 1e-2
 
 
 def our_and_pefts_kasa(beta: float = 0.3, gamma: float = 0.7) -> tuple[PeftModel, list[Any], PeftModel, list[Any]]:
     config = KaSAConfig(r=R, alpha=6, target_modules=list(NAMES), beta=beta, gamma=gamma, form="paper", reduction="sum")
-    ours = get_peft_model(stack(), config)
+    ours = get_peft_model(bases.stack(), config)
     theirs, loras = pefts(lora_alpha=6, kasa_config=KasaConfig(beta=beta, gamma=gamma))
     return ours, [ours.base_model.model[int(name)] for name in NAMES], theirs, loras
 
@@ -349,9 +366,9 @@ def test_kasa_has_pefts_outputs() -> None:
     x = inputs(24)
     assert distance(ours(x), theirs(x)) < 1e-5
     with ours.disable_adapter():
-        assert torch.equal(ours(x), stack()(x))
+        assert torch.equal(ours(x), bases.stack()(x))
     with theirs.disable_adapter():
-        assert distance(theirs(x), stack()(x)) > 1e-3
+        assert distance(theirs(x), bases.stack()(x)) > 1e-3
 
 
 def test_kasa_drops_from_the_weight_what_peft_truncates() -> None:
@@ -359,7 +376,7 @@ def test_kasa_drops_from_the_weight_what_peft_truncates() -> None:
     for layer, lora in zip(layers, loras, strict=True):
         slots = layer.slots("default")
         cut = slots["cut_left"] @ slots["cut_right"]
-        assert torch.equal(layer.base_layer.weight, stack()[int(layer.name)].weight)
+        assert torch.equal(layer.base_layer.weight, bases.stack()[int(layer.name)].weight)
         assert distance(layer.base_layer.weight - cut, lora.base_layer.weight) < 1e-5
         assert distance(layer.base_layer.weight, lora.base_layer.weight) > 1e-3
 

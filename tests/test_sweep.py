@@ -178,10 +178,10 @@ def launch(case: str, folder: Path, **environment: str) -> list[subprocess.Compl
 
 
 @pytest.mark.parametrize(
-    ("case", "computed"), [("many", 1), ("kasa", 1), ("unshared", 2), ("different", 2), ("more", 2)]
+    ("case", "computed"), [("many", 1), ("together", 1), ("kasa", 1), ("unshared", 2), ("different", 2), ("more", 2)]
 )
 def test_two_ranks_end_with_the_same_bits(case: str, computed: int, tmp_path: Path) -> None:
-    """Each weight is decomposed on one rank; on both where sharing is off, or where they were given other weights."""
+    """Each weight or batch is decomposed on one rank; on both where sharing is off, or they have other weights."""
     results = launch(case, tmp_path, **({"PEFT_KASA_SHARE": "0"} if case == "unshared" else {}))
     assert all(result.returncode == 0 for result in results), [result.stdout[-2000:] for result in results]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -10,7 +10,7 @@
 2. Whole models: `get_peft_model` with KaSA and PiSSA on all linear layers, against PEFT's own; and how far what leaves
    the base is from the truth.
 3. Weights with their inputs: CorDA's smallest triples against PEFT's, EVA's axes against PEFT's incremental PCA.
-4. The memory that a cut of a 4-bit layer takes, in a process of its own.
+4. The memory that a cut of a 4-bit or 8-bit layer takes, in a process of its own.
 
 Writes decomposition.json and decomposition.svg to --out. With --quick only if --out is given.
 """
@@ -50,6 +50,7 @@ ENGINE = Engine(precision="float64", cache=False, progress=False)
 RANK = 8  # of the models and of CorDA
 EXACT = 1e-10  # the tolerance where the gate is an angle; the defaults aim at values and norms
 AXES = 16  # of EVA, which looks at twice as many
+STORED = {"nf4": matrices.four_bit, "int8": matrices.eight_bit}  # of the layers whose cuts' memory is measured
 
 Job = tuple[str, Callable[[], "Row | None"]]
 
@@ -299,30 +300,27 @@ def memory(args: argparse.Namespace) -> Iterator[Job]:
         return
     m, n = (320, 640) if args.quick else (4096, 11008)
     cases: list[tuple[End, int]] = [("bottom", 8), ("top", 16)]
-    for end, k in cases:
-        name = f"{m}x{n} nf4 {end} {k}"
-        yield f"memory: {name}", partial(peak, name, m, n, k, end)
+    for stored in STORED:
+        for end, k in cases:
+            name = f"{m}x{n} {stored} {end} {k}"
+            yield f"memory: {name}", partial(peak, name, stored, m, n, k, end)
 
 
-def peak(name: str, m: int, n: int, k: int, end: End) -> Row:
-    """What reading and decomposing a 4-bit layer adds to the resident memory of a fresh process, at most."""
+def peak(name: str, stored: str, m: int, n: int, k: int, end: End) -> Row:
+    """What reading and decomposing a quantised layer adds to the resident memory of a fresh process, at most."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "layer.pt"
-        torch.save(matrices.four_bit(llm_like(m, n)).state_dict(), file)
+        torch.save(STORED[stored](llm_like(m, n)).state_dict(), file)
         with get_context("spawn").Pool(1) as pool:  # making the layer took more than decomposing it: not in there
-            extra = pool.apply(peak_here, (file, m, n, k, end))
+            extra = pool.apply(peak_here, (file, stored, m, n, k, end))
     return Row("memory", name, {}, {OURS: {"MB": extra}}, {"MB": 1000.0})
 
 
-def peak_here(file: Path, m: int, n: int, k: int, end: End) -> float:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+def peak_here(file: Path, stored: str, m: int, n: int, k: int, end: End) -> float:
     from peft_kasa.adapter.base_weight import BaseWeight
 
     warm_up()
-    state = torch.load(file, weights_only=True)
-    layer = Linear4bit(n, m, bias=False, quant_type="nf4", device="meta")
-    layer.weight = Params4bit.from_prequantized(state.pop("weight"), state, device="cpu")
+    layer = matrices.requantized(stored, m, n, torch.load(file, weights_only=True))
     before = resident("VmRSS")
     ENGINE(BaseWeight(layer).matrix(), k, end)
     return resident("VmHWM") - before

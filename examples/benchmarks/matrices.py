@@ -70,6 +70,30 @@ def four_bit(w: Tensor) -> nn.Module:
     return layer.to(w.device)
 
 
+def eight_bit(w: Tensor) -> nn.Module:
+    """A bitsandbytes layer that holds the weight in int8 with a scale a row, on its device."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    layer = Linear8bitLt(w.shape[1], w.shape[0], bias=False, has_fp16_weights=False, device="meta")
+    layer.weight = Int8Params(w.bfloat16().cpu(), requires_grad=False, has_fp16_weights=False).to(w.device)
+    return layer
+
+
+def requantized(stored: str, m: int, n: int, state: dict[str, Tensor]) -> nn.Module:
+    """The layer that `four_bit` ("nf4") or `eight_bit` ("int8") made, from its state dict: on the CPU, no copy."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    rest = dict(state)
+    weight = rest.pop("weight")
+    if stored == "nf4":
+        layer = Linear4bit(n, m, bias=False, quant_type="nf4", device="meta")
+        layer.weight = Params4bit.from_prequantized(weight, rest, device="cpu")
+        return layer
+    layer = Linear8bitLt(n, m, bias=False, has_fp16_weights=False, device="meta")
+    layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=rest["SCB"])
+    return layer
+
+
 def damping(c: Tensor) -> float:
     """The share that PEFT's CorDA damps a covariance with: doubled until its float32 inverse is good enough for it."""
     share = 0.01

@@ -44,6 +44,8 @@ class BaseWeight:
 
     def apply(self, x: Tensor) -> Tensor:
         """W x, without the bias."""
+        if x.requires_grad:
+            self.unpack()
         if (bias := getattr(self.layer, "bias", None)) is None:
             return self.layer(x)
         if self.backend is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..methods.method import SpectralConfig, require
@@ -16,6 +17,7 @@ from ..spectral import Engine
 from . import anchors, checkpoint
 from . import slots as slot
 from .fingerprint import FINGERPRINT, SIDE, sketch
+from .statistics import located
 
 
 @dataclass
@@ -39,9 +41,11 @@ class Adapter:
 class Filling:
     """The part of a `SpectralLinear` that makes slots and gives them values."""
 
-    def reserve(self: Any, adapter: str, config: SpectralConfig, rank: int, scale: float) -> None:
+    def reserve(self: Any, adapter: str, config: SpectralConfig) -> None:
         """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
         m, n = self.out_features, self.in_features
+        rank = _pattern(config.rank_pattern, self.name, config.r) or min(m, n)
+        scale = config.scale(rank, _pattern(config.alpha_pattern, self.name, config.alpha))
         rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
         require(rank <= min(m, n), rule, rank)
         self.adapters[adapter] = Adapter(config, rank, scale)
@@ -134,9 +138,11 @@ class Filling:
             )
         if not torch.isfinite(torch.linalg.vector_norm(weight)) and (bad := int((~torch.isfinite(weight)).sum())):
             raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
-        values = slot.pack(self._start(adapter, weight, engine))
-        values[FINGERPRINT] = sketch(self.base.matrix(as_repacked=True))
-        return values
+        fingerprint = sketch(self.base.matrix(as_repacked=True))
+        config = self.adapters[adapter].config
+        if config.statistics is not None and config.needs:
+            located(config.statistics).check(self.name, config.needs, fingerprint)
+        return slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
 
     def _generator(self: Any, adapter: str, use: str = "") -> torch.Generator:
         seed = self.adapters[adapter].config.seed
@@ -147,6 +153,7 @@ class Filling:
         known = self.adapters[adapter]
         evidence = None
         if known.config.needs and not weight.is_meta and known.config.statistics is not None:
+            known.config.statistics = located(known.config.statistics)
             evidence = known.config.statistics.evidence(self.name)
         return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence)
 
@@ -155,3 +162,7 @@ class Filling:
             return self.adapters[adapter].config.start(self.site(adapter, weight, engine))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+
+
+def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    return patterns.get(get_pattern_key(patterns.keys(), name), default)

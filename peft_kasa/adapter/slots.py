@@ -68,7 +68,7 @@ def through_base(slots: Slots) -> bool:
 
 def value(slots: Slots, config: SpectralConfig) -> LowRank:
     """What learns, as it is now: L, C, R in float32. Not for slots without a left factor."""
-    return LowRank(_now(slots, "left"), config.core(_now(slots, "core"), slots.get("fixed")), _now(slots, "right"))
+    return LowRank(_now(slots, "left"), _core(_now(slots, "core"), slots, config), _now(slots, "right"))
 
 
 def update(slots: Slots, config: SpectralConfig, scale: float) -> Product:
@@ -103,8 +103,7 @@ def core_difference(slots: Slots, config: SpectralConfig) -> Tensor:
     """C - C0 where the start left the base: what learns itself, unless the core is a function of it."""
     if not config.shapes_core:
         return slots["core"].float()
-    fixed = slots.get("fixed")
-    return config.core(_now(slots, "core"), fixed) - config.core(slots["core0"].float(), fixed)
+    return _core(_now(slots, "core"), slots, config) - _core(slots["core0"].float(), slots, config)
 
 
 def cut(slots: Slots) -> Product | None:
@@ -118,6 +117,11 @@ def join(parts: list[Product]) -> Product:
         return parts[0]
     factors = [part.folded() for part in parts]
     return Product(torch.cat([up for up, _ in factors], 1), None, torch.cat([down for _, down in factors]))
+
+
+def _core(raw: Tensor, slots: Slots, config: SpectralConfig) -> Tensor:
+    size = len(slots["right0"] if "right0" in slots else slots["right"])
+    return config.core(raw, slots.get("fixed"), size)
 
 
 def _product(left: Tensor, core: Tensor, right: Tensor) -> Product:

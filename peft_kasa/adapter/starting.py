@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..spectral import Engine
 from ..spectral.checksum import checksum
@@ -50,17 +50,16 @@ def _sweep(layers: list[SpectralLinear], adapter: str, work: Callable[..., None]
     engine = Engine()
     method = layers[0].adapters[adapter].config.name if layers else ""
     jobs = [
-        Job(
-            layer.name,
-            (layer.out_features, layer.in_features),
-            layer.base_layer.weight.device,
-            partial(work, layer, adapter, engine),
-            list(layer.slots(adapter).values()),
-            partial(_about, layer, adapter),
-        )
+        job(layer, adapter, partial(work, layer, adapter, engine), list(layer.slots(adapter).values()))
         for layer in layers
     ]
     sweep(jobs, f"{method}: {title}")
+
+
+def job(layer: SpectralLinear, adapter: str, work: Callable[[], None], results: list[Tensor]) -> Job:
+    """Work on one layer as the sweep takes it."""
+    shape, device = (layer.out_features, layer.in_features), layer.base_layer.weight.device
+    return Job(layer.name, shape, device, work, results, partial(_about, layer, adapter))
 
 
 def _about(layer: SpectralLinear, adapter: str) -> object:
@@ -86,17 +85,23 @@ def settle(model: nn.Module, uncalibrated: bool = True) -> None:
 
 
 def withdraw(model: nn.Module, adapter: str) -> None:
-    """Takes an adapter out again; layers that have no other become the base layers they were."""
+    """Takes an adapter out again, and its config with it."""
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter, None)
     if not configs:
         for module in model.modules():
             module.__dict__.pop("peft_config", None)
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, SpectralLinear)]:
+    take_out(model, adapter, list(all_layers(model)))
+    if not any(all_layers(model)):
+        guard(model, False)
+
+
+def take_out(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> None:
+    """Takes an adapter out of these layers; those that have no other become the base layers they were."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for layer in layers:
         if adapter in layer.adapters:
             layer.forget(adapter)
         if not layer.adapters:
-            parent, _, child = name.rpartition(".")
+            parent, _, child = paths[id(layer)].rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
-    if not any(all_layers(model)):
-        guard(model, False)

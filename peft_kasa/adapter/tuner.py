@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..methods.method import SpectralConfig
@@ -18,10 +17,11 @@ from ..peft_type import PREFIX
 from . import checkpoint
 from .anchors import PREFIX as ANCHOR
 from .base_weight import guard, unsupported
+from .budget import start
 from .fingerprint import FINGERPRINT
 from .layer import SpectralLinear
 from .slots import CUT, LEARNABLE
-from .starting import all_layers, begin, layers_of, named_layers, rebuild, settle, withdraw
+from .starting import all_layers, layers_of, named_layers, rebuild, settle, withdraw
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,7 @@ class SpectralModel(BaseTuner):
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
             if not values_follow and not (config.needs and config.statistics is None):
-                # other ranks may have the weights: one that has none says so
-                begin([] if any(layer.on_meta(adapter_name) for layer in layers) else layers, adapter_name)
+                start(model, adapter_name)
         except BaseException:
             withdraw(model, adapter_name)
             raise
@@ -87,14 +86,12 @@ class SpectralModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        rank = _pattern(peft_config.rank_pattern, current_key, peft_config.r)
-        scale = peft_config.scale(rank, _pattern(peft_config.alpha_pattern, current_key, peft_config.alpha))
         layer = target
         if not isinstance(layer, SpectralLinear):
             if reason := unsupported(target):
                 raise TypeError(f"{current_key}: {reason}, or leave it out (target_modules, exclude_modules).")
             layer = SpectralLinear(target, current_key, **get_quantization_kwargs(self))
-        layer.reserve(adapter_name, peft_config, rank, scale)
+        layer.reserve(adapter_name, peft_config)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -196,10 +193,6 @@ def _check_finite(layers: list[SpectralLinear], adapters: list[str] | None) -> N
             for slot, value in layer.slots(adapter).items():
                 if not value.isfinite().all():
                     raise ValueError(f"{layer.name}: {slot} of adapter {adapter!r} has NaN or infinite entries.")
-
-
-def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    return patterns.get(get_pattern_key(patterns.keys(), name), default)
 
 
 def _report_rounding(layers: list[SpectralLinear]) -> None:

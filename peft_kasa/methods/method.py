@@ -32,7 +32,7 @@ class SpectralConfig(PeftConfig):
     """The fields that every method of the family has. Use a subclass, such as `KaSAConfig`.
 
     Args:
-        r: the rank k of `trained`, 1 <= r <= min(m, n) of each target.
+        r: the rank k of `trained`, 1 <= r <= min(m, n) of each target. None: min(m, n).
         alpha: the update is scaled by s = alpha / r. None: the method's own scale, whatever the rank.
         use_rslora: s = alpha / sqrt(r) instead (arXiv:2312.03732).
         dropout: probability of dropping an input of the update, 0 <= dropout < 1. What leaves the base is not dropped,
@@ -68,7 +68,7 @@ class SpectralConfig(PeftConfig):
     needs: ClassVar[Needs] = ""  # what the start asks of data
     compact: ClassVar[bool] = False  # what save_frames=None means is its opposite
 
-    r: int = 8
+    r: int | None = 8
     alpha: float | None = None
     use_rslora: bool = False
     dropout: float = 0.0
@@ -86,7 +86,7 @@ class SpectralConfig(PeftConfig):
     save_frames: bool | None = None
     rank_budget: Any = None
     rank_spread: float = 2.0
-    statistics: Any = None
+    statistics: Any = field(default=None, compare=False)
     init_weights: bool = True
     method: str = ""
 
@@ -116,7 +116,7 @@ class SpectralConfig(PeftConfig):
     def _check(self) -> None:
         self._check_budget()
         for rank in (self.r, *self.rank_pattern.values()):
-            require(type(rank) is int and rank >= 1, "r has to be a whole number of at least 1", rank)
+            require(rank is None or (type(rank) is int and rank >= 1), "r has to be a whole number of at least 1", rank)
         require(0 <= self.dropout < 1, "dropout has to be 0 <= dropout < 1", self.dropout)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             number = isinstance(alpha, int | float) and alpha > 0
@@ -151,8 +151,8 @@ class SpectralConfig(PeftConfig):
         """Where the method begins at one weight. May not branch on values: it also runs on the meta device."""
         raise NotImplementedError(f"{type(self).__name__} has to define `start`.")
 
-    def core(self, raw: Tensor, fixed: Tensor | None) -> Tensor:
-        """The core (k,) or (k, k) of what learns in its place, and of `Start.fixed`. The same, unless a method says."""
+    def core(self, raw: Tensor, fixed: Tensor | None, size: int) -> Tensor:
+        """The core (k,) or (k, k), k = size, of what learns in its place and of `Start.fixed`. The same, by default."""
         return raw
 
     @property
@@ -198,6 +198,11 @@ class SpectralConfig(PeftConfig):
         hidden = {"method", "peft_type", "peft_version", "auto_mapping"}
         parts = (f"{k}={v!r}" for k, v in shown.items() if k not in hidden and v != defaults[k] and v != {})
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raises ValueError if the value of a field is none of those allowed."""
+    require(value in allowed, f"{name} has to be {' or '.join(map(repr, allowed))}", value)
 
 
 def require(holds: bool, rule: str, found: object) -> None:

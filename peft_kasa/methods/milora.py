@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .method import SpectralConfig
-from .site import Site, Start
+from .method import SpectralConfig, choice
+from .site import PARTS, Part, Site, Start
 
 
 @dataclass(repr=False)
@@ -15,6 +15,9 @@ class MiLoRAConfig(SpectralConfig):
     left = U sqrt(S / s), right = sqrt(S / s) V^T over the last r triples. Both learn: r (m + n) parameters a module.
     Exported as LoRA it has rank 2r. The paper's runs use alpha = r (s = 1, the default here), r = 64 on LLaMA-2-7B.
 
+    Args:
+        part: which r triples. "bottom" is MiLoRA; its code also has the "middle" and "random" ones, to compare.
+
     Example:
         >>> from peft_kasa import MiLoRAConfig
         >>> MiLoRAConfig(r=64, target_modules=["q_proj"])
@@ -23,6 +26,12 @@ class MiLoRAConfig(SpectralConfig):
 
     name = "milora"
 
+    part: Part = "bottom"
+
     def start(self, site: Site) -> Start:
-        bottom = site.svd(site.rank, "bottom").scaled(1 / site.scale)
-        return Start(bottom.balanced(), ("left", "right"), "start")
+        cut = site.svd(site.rank, self.part).scaled(1 / site.scale)
+        return Start(cut.balanced(), ("left", "right"), "start")
+
+    def _check(self) -> None:
+        super()._check()
+        choice("part", self.part, PARTS)

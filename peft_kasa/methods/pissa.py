@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .method import SpectralConfig
-from .site import Site, Start
+from .method import SpectralConfig, choice
+from .site import PARTS, Part, Site, Start
 
 
 @dataclass(repr=False)
@@ -18,6 +18,9 @@ class PiSSAConfig(SpectralConfig):
 
     The base stays whole: what leaves it is subtracted beside it, so 4-bit bases, unload and several adapters work.
 
+    Args:
+        part: which r triples. "top" is PiSSA; the others begin from the smallest, the middle or random ones.
+
     Example:
         >>> from peft_kasa import PiSSAConfig
         >>> PiSSAConfig(r=16, target_modules="all-linear")
@@ -26,6 +29,12 @@ class PiSSAConfig(SpectralConfig):
 
     name = "pissa"
 
+    part: Part = "top"
+
     def start(self, site: Site) -> Start:
-        top = site.svd(site.rank).scaled(1 / site.scale)
-        return Start(top.balanced(), ("left", "right"), "start")
+        cut = site.svd(site.rank, self.part).scaled(1 / site.scale)
+        return Start(cut.balanced(), ("left", "right"), "start")
+
+    def _check(self) -> None:
+        super()._check()
+        choice("part", self.part, PARTS)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..spectral import Engine, LowRank, Spectrum
 from ..spectral.covariance import Covariance
-from ..spectral.sources import damped, oriented, powered
+from ..spectral.sources import damped, oriented, powered, slices
 
 Slot: TypeAlias = Literal["left", "core", "right"]
 Part: TypeAlias = Literal["top", "bottom", "middle", "random"]
+PARTS: tuple[Part, ...] = ("top", "bottom", "middle", "random")
 Needs: TypeAlias = Literal["", "inputs", "scaled inputs", "gradients"]
 
 
@@ -58,6 +59,12 @@ class Site(NamedTuple):
         moment = powered(damped(self.inputs.matrix(), damping), power)
         return oriented(self.weight, moment, k, part, self.engine)
 
+    def slices(self, k: int, inverse: bool) -> LowRank:
+        """The k first columns W[:, :k] and rows W[:k, :], and as core W[:k, :k] or its pseudo-inverse."""
+        if inverse and not self.weight.is_meta:
+            return slices(self.weight, k)
+        return LowRank(self.weight[:, :k], self.weight[:k, :k], self.weight[:k])
+
     def axes(self, k: int, part: Literal["top", "bottom"] = "top", centred: bool = False) -> Tensor:
         """The k principal axes of the inputs along which they vary most, or least, as rows (k, n)."""
         if self.weight.is_meta:
@@ -80,6 +87,10 @@ class Site(NamedTuple):
             return self.weight
         if not isinstance(self.evidence, Tensor):
             raise ValueError("the gradient of the loss is needed. Call calibrate(model, data) first.")
+        if not self.evidence.any():
+            raise ValueError(
+                "the gradient is zero: the data does not reach this module. Leave it out, or use other data."
+            )
         return self.evidence.to(self.weight)
 
     def zeros(self, *shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import batches, rules
+from . import rules, stacks
 from .algorithms import ALGORITHMS, Operator, error
 from .cache import located
 from .checksum import checksum
@@ -32,8 +32,8 @@ class Engine:
 
     The algorithm follows from the shape, k and the end (`peft_kasa.spectral.rules`). Every answer is measured; where it
     misses the gate the next, slower algorithm runs and this is logged, down to LAPACK in float64.
-    The same weight, settings and name give the same bits on one device. The exception: on CUDA, without a cache and with
-    "auto", `many` takes four or more small weights of one shape together, and bits may depend on which.
+    The same weight, settings and name give the same bits on one device. The exception: on CUDA, without a cache and
+    with "auto", `many` takes four or more small weights of one shape together, and bits may depend on which.
 
     Args:
         algorithm: "auto", or a name in `peft_kasa.spectral.algorithms.ALGORITHMS` to begin with.
@@ -140,7 +140,7 @@ class Engine:
                 empty.copy_(part)
 
         def together(names: list[str], device: torch.device) -> None:
-            found = batches.cuts([weights[name] for name in names], k, end, self._tolerance(end), device)
+            found = stacks.cuts([weights[name] for name in names], k, end, self._tolerance(end), device)
             for name, cut in zip(names, found, strict=True):
                 if cut is None:
                     logger.info("%s: not with the others of its shape, trying alone", name)
@@ -150,7 +150,7 @@ class Engine:
 
         jobs = []
         alone = self.algorithm != "auto" or located(self.cache) is not None  # an entry is what one weight alone gives
-        for names in [[name] for name in weights] if alone else batches.groups(weights, k, self.device):
+        for names in [[name] for name in weights] if alone else stacks.groups(weights, k, self.device):
             w = weights[names[0]]
             device = torch.device(self.device or w.device)
             jobs.append(

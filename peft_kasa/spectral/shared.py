@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ class Shared:
 
     Args:
         device: where the sums are kept. None: where the inputs are.
+        known: streams to go on with, by name; names that share one have the same object.
 
     Example:
         >>> import torch
@@ -45,9 +47,9 @@ class Shared:
         [40.0, 40.0]
     """
 
-    def __init__(self, device: torch.device | str | None = None) -> None:
+    def __init__(self, device: torch.device | str | None = None, known: Mapping[str, Covariance] | None = None) -> None:
         self.device = device
-        self._of: dict[str, Covariance] = {}
+        self._of: dict[str, Covariance] = dict(known or {})
         self._last: _Seen | None = None
 
     @torch.inference_mode(False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCALE = 1.0  # alpha = r; the paper's runs have r = 8 and rank-stabilised scaling, alpha / sqrt(r) = 16 / sqrt(8)
+SCALE = 1.0  # the paper's runs have rank-stabilised scaling, 16 / sqrt(r)
 
 
 def start(W: Tensor, r: int, s: float, G: Tensor, gamma: float = 128.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

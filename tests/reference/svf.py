@@ -14,10 +14,11 @@ SCALE = 1.0  # the paper has no alpha
 
 
 def start(W: Tensor, r: int | None, s: float, form: str = "plain") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(1 - s) W, and all min(m, n) triples: r is ignored."""
+    """W - s U S V^T, and U S, z, V^T of the r largest triples (the paper: all of them, where r is None)."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    diagonal = core(raw(len(S), form), S, form)
-    return W - s * U @ torch.diag(diagonal) @ Vh, U, diagonal, Vh
+    U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    z = core(raw(len(S), form), S, form)
+    return W - s * U @ torch.diag(S * z) @ Vh, U @ torch.diag(S), z, Vh
 
 
 def raw(k: int, form: str) -> Tensor:
@@ -26,11 +27,11 @@ def raw(k: int, form: str) -> Tensor:
 
 
 def core(raw: Tensor, S: Tensor, form: str, max_mult: float = 1.0) -> Tensor:
-    """S z, or S z (sum S / sum S z) with z = max_mult sigmoid(p)."""
+    """z, or z (sum S / sum S z) with z = max_mult sigmoid(p): what the singular values are multiplied by."""
     if form == "plain":
-        return S * raw
+        return raw
     z = max_mult / (1 + torch.exp(-raw))
-    return S * z * (S.sum() / (S * z).sum())
+    return z * (S.sum() / (S * z).sum())
 
 
 def forward(x: Tensor, base: Tensor, U: Tensor, core: Tensor, Vh: Tensor, s: float) -> Tensor:

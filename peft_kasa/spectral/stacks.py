@@ -42,7 +42,6 @@ def groups(weights: Mapping[str, Tensor], k: int, device: str | torch.device | N
     return found
 
 
-@torch.no_grad()
 def cuts(weights: Sequence[Tensor], k: int, end: str, tolerance: float, device: torch.device) -> list[Spectrum | None]:
     """The cut of each weight, all of one shape, in float64 with canonical signs.
 

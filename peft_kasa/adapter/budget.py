@@ -1,0 +1,89 @@
+"""How many of its triples each module is given: what `rank_budget` asks for, written into rank_pattern."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..spectral import Engine
+from ..spectral.sweep import sweep
+from .layer import SpectralLinear
+from .starting import begin, job, layers_of, take_out
+
+
+def start(model: nn.Module, adapter: str) -> None:
+    """Gives all modules of an adapter their ranks and their start."""
+    layers = list(layers_of(model, adapter))
+    if any(layer.on_meta(adapter) for layer in layers):
+        layers = []  # other ranks may have the weights: this one says that it has none
+    elif layers and layers[0].adapters[adapter].config.rank_budget is not None:
+        spend(model, adapter)
+        layers = list(layers_of(model, adapter))
+    begin(layers, adapter)
+
+
+def spend(model: nn.Module, adapter: str) -> None:
+    """Chooses the ranks of an adapter's modules, makes their slots anew, and takes it out of those that get none.
+
+    The config is told: ranks go to its rank_pattern, and if modules are left out, its target_modules name the others.
+    """
+    layers = list(layers_of(model, adapter))
+    config = layers[0].adapters[adapter].config
+    ranks = allocate(_shares(layers, adapter), config.rank_budget, config.r or 0)
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank} | config.rank_pattern
+    kept = [layer for layer in layers if ranks[layer.name]]
+    if len(kept) < len(layers):
+        config.target_modules = {layer.name for layer in kept}
+        take_out(model, adapter, [layer for layer in layers if not ranks[layer.name]])
+    for layer in kept:
+        trains = any(slot.requires_grad for slot in layer.peft_kasa_learnt[adapter].parameters())
+        layer.reserve(adapter, config)
+        layer.peft_kasa_learnt[adapter].requires_grad_(trains)
+        layer.adapters[adapter].peers = len(kept)
+
+
+def allocate(shares: dict[str, Tensor], budget: str | float, r: int) -> dict[str, int]:
+    """The rank of each module from what its triples hold of the whole, in descending order.
+
+    Args:
+        shares: by module, (k,); no module gets more than k.
+        budget: "variance": the r * len(shares) largest of all shares win, a tie goes to the module that comes first. A
+            number: the smallest rank that holds so much, at least 1.
+        r: the mean rank for "variance".
+
+    Example:
+        >>> import torch
+        >>> from peft_kasa.adapter.budget import allocate
+        >>> shares = {"q": torch.tensor([0.9, 0.05]), "k": torch.tensor([0.5, 0.3])}
+        >>> allocate(shares, "variance", 1), allocate(shares, 0.75, 1)
+        ({'q': 1, 'k': 1}, {'q': 1, 'k': 2})
+    """
+    if budget != "variance":
+        threshold = float(budget)
+        return {name: min(int((share.cumsum(0) < threshold).sum()) + 1, len(share)) for name, share in shares.items()}
+    every = torch.cat([share.double().cpu() for share in shares.values()])
+    owner = torch.cat([torch.full((len(share),), index) for index, share in enumerate(shares.values())])
+    chosen = owner[every.argsort(descending=True, stable=True)[: r * len(shares)]]
+    counts = torch.bincount(chosen, minlength=len(shares)).tolist()
+    return dict(zip(shares, counts, strict=True))
+
+
+def _shares(layers: list[SpectralLinear], adapter: str) -> dict[str, Tensor]:
+    config, engine = layers[0].adapters[adapter].config, Engine()
+    found, jobs = {}, []
+    for layer in layers:
+        most = math.floor(config.rank_spread * layer.adapters[adapter].rank)
+        found[layer.name] = torch.zeros(min(most, layer.out_features, layer.in_features), dtype=torch.float64)
+        work = partial(_measure, layer, adapter, engine, found[layer.name])
+        jobs.append(job(layer, adapter, work, [found[layer.name]]))
+    sweep(jobs, f"{config.name}: choosing ranks")
+    return found
+
+
+@torch.no_grad()
+def _measure(layer: SpectralLinear, adapter: str, engine: Engine, shares: Tensor) -> None:
+    site = layer.site(adapter, layer.base.matrix(), engine)
+    shares.copy_(layer.adapters[adapter].config.shares(site, len(shares)))

@@ -1,0 +1,91 @@
+"""Federated averaging of adapters whose cores alone learn, without any error (Fed-SB, with LoRA-SB arXiv:2411.19557)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import replacing
+from ..methods.method import require
+from ..peft_type import NAME, PREFIX
+
+LEARNT, FROZEN = f".{PREFIX}learnt.", f".{PREFIX}frozen."
+
+
+def average_cores(
+    folders: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str], weights: Sequence[float] | None = None
+) -> None:
+    """Averages saved adapters that share their frames, and saves the mean as an adapter.
+
+    With L and R the same on all clients, mean(L K_i R) = L mean(K_i) R: the mean of the updates is an adapter of the
+    same rank, exactly. Averaging LoRA's two factors is not. Sums are taken in float64.
+
+    Args:
+        folders: of adapters saved by `save_pretrained`: of LoRA-SB, LoRA-XS, SVFit, SVFT, IntTune ..., all from the same
+            start.
+        into: the folder of the mean, made if need be. Its config is the first adapter's.
+        weights: of the adapters, such as the sizes of their data. None: all the same.
+
+    Raises:
+        ValueError: another method or other fields than the first's, more learnt than the core, or frames that differ;
+            the message names the folder and the tensor. Nothing is written then.
+    """
+    require(len(folders) > 0, "folders has to name at least one adapter", folders)
+    weights = [1.0] * len(folders) if weights is None else weights
+    require(len(weights) == len(folders), f"weights has to have {len(folders)} entries, one a folder", len(weights))
+    require(min(weights) >= 0 and sum(weights) > 0, "weights have to be at least 0, and one above it", weights)
+    first, config = _read(folders[0])
+    total = {key: torch.zeros(value.shape, dtype=torch.float64) for key, value in first.items() if LEARNT in key}
+    for folder, weight in zip(folders, weights, strict=True):
+        state, other = _read(folder)
+        _check_alike(folder, config, other, first, state)
+        for key in total:
+            total[key] += state[key].double() * (weight / sum(weights))
+    mean = first | {key: value.to(first[key].dtype) for key, value in total.items()}
+    os.makedirs(into, exist_ok=True)
+    with replacing(os.path.join(into, SAFETENSORS_WEIGHTS_NAME)) as made:
+        save_file(mean, os.path.join(made, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    with replacing(os.path.join(into, CONFIG_NAME)) as made:
+        shutil.copyfile(Path(folders[0]) / CONFIG_NAME, os.path.join(made, CONFIG_NAME))
+
+
+def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    config = json.loads((Path(folder) / CONFIG_NAME).read_text())
+    require(config.get("peft_type") == NAME, f"{folder}: peft_type has to be {NAME}", config.get("peft_type"))
+    state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+    learnt = sorted({key.rpartition(".")[2] for key in state if LEARNT in key})
+    rule = f"{folder}: only cores may learn, since the mean of several factors is not the mean of their products"
+    require(learnt == ["core"], rule, learnt)
+    return state, config
+
+
+def _check_alike(
+    folder: str | os.PathLike[str],
+    config: dict[str, object],
+    other: dict[str, object],
+    first: dict[str, Tensor],
+    state: dict[str, Tensor],
+) -> None:
+    for field in ("method", "r", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        rule = f"{folder}: {field} has to be {config.get(field)!r}, as in the first adapter"
+        require(config.get(field) == other.get(field), rule, other.get(field))
+    if odd := sorted(first.keys() ^ state.keys()):
+        raise ValueError(f"{folder}: {odd[0]} is in one adapter and not in the other. Train the same modules.")
+    for key, value in first.items():
+        if LEARNT in key:
+            require(
+                state[key].shape == value.shape, f"{folder}: {key} has to be {tuple(value.shape)}", state[key].shape
+            )
+        elif FROZEN in key and not torch.equal(value, state[key]):
+            raise ValueError(
+                f"{folder}: {key} differs from the first adapter's, so the cores do not belong to the same frames. "
+                "Give all clients one start: save it once, and let each go on from there."
+            )

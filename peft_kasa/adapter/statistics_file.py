@@ -1,0 +1,188 @@
+"""Statistics in a safetensors file, written and read one module at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..files import replacing
+from ..methods.site import Needs
+from ..spectral.covariance import Covariance
+from .fingerprint import SIDE
+
+Value: TypeAlias = Covariance | Tensor  # of gradients: their sum over all sequences
+Where: TypeAlias = str | os.PathLike[str]
+
+FORMAT = "peft_kasa statistics 1"
+BLOCK = 1024  # rows that are mirrored at a time
+DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+Part: TypeAlias = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class About:
+    """What was done, besides its outcome."""
+
+    kind: Needs
+    seen: int  # sequences
+    complete: bool  # False: it was interrupted
+    digest: str  # of the sequences, in their order
+    labels_only: bool
+    targets: tuple[str, ...]  # modules, some of which may have seen nothing
+    sketches: Mapping[str, Tensor]  # by module: of the base weight (see fingerprint.py)
+
+
+def write(
+    path: Where,
+    about: About,
+    index: Mapping[str, int],
+    groups: Mapping[int, tuple[tuple[int, ...], Callable[[], Value]]],
+) -> None:
+    """Writes a file, whole or not at all. `groups` has the shape, and what makes the value, of each group."""
+    metadata = {
+        "format": FORMAT,
+        "kind": about.kind,
+        "seen": str(about.seen),
+        "complete": json.dumps(about.complete),
+        "digest": about.digest,
+        "labels_only": json.dumps(about.labels_only),
+        "targets": json.dumps(about.targets),
+        "modules": json.dumps(index),
+    }
+    blank = torch.full((SIDE, SIDE), torch.nan)
+    sketches = torch.stack([about.sketches.get(name, blank) for name in about.targets])
+    tensors: dict[str, Part] = {"sketches": (torch.float32, tuple(sketches.shape), lambda: sketches)}
+    for group, (shape, value) in groups.items():
+        tensors |= _parts(group, shape, value)
+    with replacing(path) as folder:
+        _stream(os.path.join(folder, os.path.basename(path)), tensors, metadata)
+
+
+def head(path: Where) -> tuple[About, dict[str, int]]:
+    """What was done, and the group of each module."""
+    with _opened(path) as file:
+        found = file.metadata() or {}
+        if found.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} holds no statistics of this version ({FORMAT!r}). Found {found.get('format')!r}: give the "
+                "file that calibrate wrote, or another `path` to write one."
+            )
+        targets = tuple(json.loads(found["targets"]))
+        sketches = file.get_tensor("sketches")
+        about = About(
+            found["kind"],  # type: ignore[arg-type]
+            int(found["seen"]),
+            json.loads(found["complete"]),
+            found["digest"],
+            json.loads(found["labels_only"]),
+            targets,
+            dict(zip(targets, sketches, strict=True)),
+        )
+        index = json.loads(found["modules"])
+        keys = {"sketches"} | {key for group in index.values() for key in _keys(group, about.kind)}
+        if missing := keys - set(file.keys()):
+            raise KeyError(sorted(missing)[0])
+        return about, index
+
+
+def read(path: str, group: int, kind: str) -> Value:
+    """The value of one group. Takes its own size, and a covariance half as much again."""
+    with _opened(path) as file:
+        first, *rest = (file.get_tensor(key) for key in _keys(group, kind))
+    if not all(torch.isfinite(part).all() for part in (first, *rest)):
+        raise ValueError(f"{path} has NaN or infinite entries. Calibrate again, into another `path`.")
+    if not rest:
+        return first
+    found = Covariance(len(rest[0]))
+    found.mean, found.count = rest[0], rest[1].item()
+    _unpack(first, found.scatter)
+    return found
+
+
+def shape(path: str, group: int, kind: str) -> tuple[int, ...]:
+    """(n,) of a covariance, (m, n) of a gradient."""
+    with _opened(path) as file:
+        return tuple(file.get_slice(_keys(group, kind)[kind != "gradients"]).get_shape())
+
+
+def mirror(scatter: Tensor) -> None:
+    """Makes a matrix symmetric: its lower triangle, which is what a file keeps, to the upper one."""
+    for start in range(0, len(scatter), BLOCK):
+        stop = min(start + BLOCK, len(scatter))
+        scatter[:start, start:stop] = scatter[start:stop, :start].T
+        square = scatter[start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).T)
+
+
+def _keys(group: int, kind: str) -> list[str]:
+    parts = ("sum",) if kind == "gradients" else ("scatter", "mean", "count")
+    return [f"{group}.{part}" for part in parts]
+
+
+def _parts(group: int, shape: tuple[int, ...], value: Callable[[], Any]) -> dict[str, Part]:
+    if len(shape) == 2:
+        return {f"{group}.sum": (torch.float32, shape, value)}
+    (n,) = shape
+    return {
+        f"{group}.scatter": (torch.float64, (n * (n + 1) // 2,), lambda: _packed(value().scatter)),
+        f"{group}.mean": (torch.float64, (n,), lambda: value().mean),
+        f"{group}.count": (torch.float64, (), lambda: torch.tensor(value().count, dtype=torch.float64)),
+    }
+
+
+def _packed(scatter: Tensor) -> Tensor:
+    """The lower triangle, row after row."""
+    rows, n = scatter.cpu(), len(scatter)
+    out = rows.new_empty(n * (n + 1) // 2)
+    for i in range(n):
+        out[i * (i + 1) // 2 :][: i + 1] = rows[i, : i + 1]
+    return out
+
+
+def _unpack(packed: Tensor, out: Tensor) -> None:
+    for i in range(len(out)):
+        out[i, : i + 1] = packed[i * (i + 1) // 2 :][: i + 1]
+    mirror(out)
+
+
+def _stream(path: str, tensors: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
+    """The safetensors format: the length of a JSON header, the header, the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for key, (dtype, size, _) in tensors.items():
+        end = offset + dtype.itemsize * torch.Size(size).numel()
+        header[key] = {"dtype": DTYPES[dtype], "shape": size, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for dtype, size, value in tensors.values():
+            part = value().detach().cpu().contiguous()
+            if part.dtype != dtype or part.shape != size:
+                raise RuntimeError(f"{part.dtype} {tuple(part.shape)} is not the {dtype} {size} of the header")
+            file.write(part.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _opened(path: Where) -> Iterator[Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There are no statistics at {path}. Give calibrate this `path` to write them.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged or not a file of statistics ({os.path.getsize(path)} bytes: {error}). Delete it and "
+            "calibrate again, or give another `path`."
+        ) from error
