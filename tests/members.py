@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import bases
+
 from peft_kasa import (
     CorDAConfig,
     EVAConfig,
@@ -59,6 +60,7 @@ class Member:
         return self.label or self.name
 
 
+INTTUNE = {"variant": "inttune"}
 FACTORS, TRIPLES, CORE = ("left", "right"), ("left", "core", "right"), ("core",)
 
 
@@ -141,9 +143,21 @@ VARIANTS = [  # what else a config can be: against the papers, and the contract 
         {"std": 0.0, "sigma": "output"},
         label="lora_xs left",
     ),
-    Member("nlora", NLoRAConfig, False, 1, CORE, square, {"variant": "inttune"}, {"variant": "inttune"}, label="inttune"),
     Member(
-        "nlora", NLoRAConfig, True, 1, TRIPLES, square, {"variant": "slora"}, {"variant": "slora"}, False, True, label="slora"
+        "nlora", NLoRAConfig, False, 1, CORE, square, {"variant": "inttune"}, {"variant": "inttune"}, label="inttune"
+    ),
+    Member(
+        "nlora",
+        NLoRAConfig,
+        True,
+        1,
+        TRIPLES,
+        square,
+        {"variant": "slora"},
+        {"variant": "slora"},
+        False,
+        True,
+        label="slora",
     ),
     Member(
         "nlora",
@@ -160,7 +174,14 @@ VARIANTS = [  # what else a config can be: against the papers, and the contract 
     Member("pissa", PiSSAConfig, True, 2, FACTORS, defaults={"part": "middle"}, label="pissa middle"),
     Member("milora", MiLoRAConfig, True, 2, FACTORS, defaults={"part": "random"}, random=True, label="milora random"),
     Member(
-        "corda", CorDAConfig, True, 2, FACTORS, defaults={"mode": "knowledge"}, paper={"part": "bottom"}, label="corda kpa"
+        "corda",
+        CorDAConfig,
+        True,
+        2,
+        FACTORS,
+        defaults={"mode": "knowledge"},
+        paper={"part": "bottom"},
+        label="corda kpa",
     ),
     Member("corda", CorDAConfig, True, 2, FACTORS, defaults={"power": 0.5}, paper={"power": 0.5}, label="corda root"),
     Member("lora_null", LoRANullConfig, True, 1, ("left",), defaults={"version": 2}, label="lora_null v2"),

@@ -43,15 +43,11 @@ class BaseWeight:
         return weight.T if self.transposed else weight
 
     def apply(self, x: Tensor) -> Tensor:
-        """W x, without the bias."""
-        if x.requires_grad:
-            self.unpack()
-        if (bias := getattr(self.layer, "bias", None)) is None:
-            return self.layer(x)
-        if self.backend is None:
-            weight: Any = self.layer.weight
-            return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
-        return self.layer(x) - bias
+        """W x, without the bias, with W as `matrix` reads it: products of quantised layers round, or quantise x too."""
+        if self.backend is not None:
+            return _Apply.apply(x, self)
+        weight: Any = self.layer.weight
+        return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
 
     def unpack(self) -> None:
         """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since."""
@@ -114,6 +110,19 @@ class BaseWeight:
                 state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
             state.absmax, state.nested = state.absmax.bfloat16().float(), False
         return bnb.dequantize_4bit(nibbles, state)
+
+
+class _Apply(torch.autograd.Function):
+    """W x for a quantised W, read again for the backward pass: the graph of a model would hold all of it otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: BaseWeight) -> Tensor:  # type: ignore[override]
+        ctx.base = base
+        return F.linear(x, base.matrix().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ ctx.base.matrix().to(gradient.dtype), None
 
 
 # The scales of 4-bit weights from before any repacking, with the weight they belong to.

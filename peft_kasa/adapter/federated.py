@@ -1,4 +1,4 @@
-"""Federated averaging of adapters whose cores alone learn, without any error (Fed-SB, with LoRA-SB arXiv:2411.19557)."""
+"""Federated averaging of adapters whose cores alone learn, without any error (Fed-SB)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def average_cores(
     same rank, exactly. Averaging LoRA's two factors is not. Sums are taken in float64.
 
     Args:
-        folders: of adapters saved by `save_pretrained`: of LoRA-SB, LoRA-XS, SVFit, SVFT, IntTune ..., all from the same
-            start.
+        folders: of adapters saved by `save_pretrained`: LoRA-SB, LoRA-XS, SVFit, SVFT, IntTune ..., all from one start.
         into: the folder of the mean, made if need be. Its config is the first adapter's.
         weights: of the adapters, such as the sizes of their data. None: all the same.
 

@@ -93,11 +93,16 @@ class Filling:
             values = anchors.aligned(values, saved)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        for name in anchors.left_out(slots.keys(), self.learnt(adapter) | {FINGERPRINT}):
-            if slots[name].is_meta:
-                self.peft_kasa_frozen[adapter].register_parameter(name, nn.Parameter(values[name], requires_grad=False))
-            else:
-                slots[name].copy_(values[name])
+        for name in checkpoint.left_out(self, adapter):
+            slots[name].copy_(values[name])
+
+    def make_room(self: Any, adapter: str) -> None:
+        """Gives storage to the frozen slots that have none: what a compact checkpoint leaves out, no file brings."""
+        holder = self.peft_kasa_frozen[adapter]
+        for name, value in holder.named_parameters():
+            if value.is_meta:
+                empty = torch.full(value.shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
+                holder.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def settle(self: Any, adapter: str) -> None:
         """Makes sure that the adapter has values: a file's, checked, or else its method's start.
@@ -109,7 +114,8 @@ class Filling:
         if not known.awaiting:
             return
         if checkpoint.arrived(self, adapter):
-            if not known.config.keeps_frames:
+            slots = self.slots(adapter)
+            if any(torch.isnan(slots[name]).any() for name in checkpoint.left_out(self, adapter)):
                 self.rebuild(adapter, Engine())
             known.awaiting = False
         elif known.uncalibrated:

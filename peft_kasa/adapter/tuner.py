@@ -120,11 +120,10 @@ class SpectralModel(BaseTuner):
             if any(layer.adapters[adapter_name].awaiting for layer in layers_of(model, adapter_name)):
                 withdraw(model, adapter_name)
             raise
-        layers = list(layers_of(model, adapter_name))
-        for layer in layers:
-            layer.adapters[adapter_name].awaiting = layer.on_meta(adapter_name)  # checked at first use then
-        if not config.keeps_frames and not any(layer.on_meta(adapter_name) for layer in layers):
+        if not config.keeps_frames:
             _rebuild(model, adapter_name, mapped)
+        for layer in layers_of(model, adapter_name):
+            layer.adapters[adapter_name].awaiting = layer.on_meta(adapter_name)  # checked at first use then
         return mapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -162,9 +161,12 @@ class SpectralModel(BaseTuner):
 
 @torch.no_grad()
 def _rebuild(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
-    """Computes the frames that a compact checkpoint leaves out, beside the anchors that are in its state dict."""
+    """Adds to the state dict of a compact checkpoint what that leaves out, as its anchors want it."""
     named = list(named_layers(model, adapter))
+    if any(layer.base_layer.weight.is_meta for _, layer in named):
+        return  # at first use then
     for path, layer in named:
+        layer.make_room(adapter)
         for slot, value in layer.slots(adapter).items():
             if slot.startswith(ANCHOR):
                 value.copy_(state[f"{path}.{PREFIX}frozen.{adapter}.{slot}"])
@@ -173,6 +175,9 @@ def _rebuild(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     except ValueError:
         withdraw(model, adapter)
         raise
+    for path, layer in named:
+        for slot in checkpoint.left_out(layer, adapter):
+            state[f"{path}.{PREFIX}frozen.{adapter}.{slot}"] = layer.slots(adapter)[slot].detach()
 
 
 def _check_name(adapter: str) -> None:
