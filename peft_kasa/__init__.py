@@ -14,9 +14,12 @@ _peft_type.require_peft(_peft.__version__)
 _peft_type.add_member(_peft.PeftType, _peft_type.NAME)
 
 from .adapter.export import LoraExport, export_lora, to_lora  # noqa: E402
+from .adapter.federated import average_cores  # noqa: E402
 from .adapter.layer import SpectralLinear  # noqa: E402
 from .adapter.register import register as _register  # noqa: E402
+from .adapter.statistics import Statistics  # noqa: E402
 from .adapter.tuner import SpectralModel  # noqa: E402
+from .calibration.calibrate import calibrate  # noqa: E402
 from .methods import (  # noqa: E402
     CorDAConfig,
     EVAConfig,
@@ -69,6 +72,9 @@ __all__ = [
     "SpectralLinear",
     "SpectralModel",
     "Start",
+    "Statistics",
+    "average_cores",
+    "calibrate",
     "export_lora",
     "penalty",
     "to_lora",

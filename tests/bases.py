@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from peft_kasa.adapter.calibrate import calibrate
+from peft_kasa import calibrate
 from peft_kasa.adapter.statistics import Statistics
 from peft_kasa.methods import methods
 

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from peft_kasa import CorDAConfig, EVAConfig, LoRAOneConfig, LoRASBConfig, PiSSAConfig
-from peft_kasa.adapter import passes
+from peft_kasa import CorDAConfig, EVAConfig, LoRAOneConfig, LoRASBConfig, PiSSAConfig, calibrate
+from peft_kasa.calibration import passes
 from peft_kasa.adapter.base_weight import BaseWeight
-from peft_kasa.adapter.batches import batches
-from peft_kasa.adapter.calibrate import calibrate
 from peft_kasa.adapter.statistics import Statistics
-from peft_kasa.adapter.targets import targets
+from peft_kasa.calibration.batches import batches
+from peft_kasa.calibration.targets import targets
 
 LENGTHS = (8, 5, 12, 7, 3, 9)
 LAYER = "model.layers.0."

@@ -26,7 +26,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = ["peft_kasa", *(found.name for found in pkgutil.walk_packages(peft_kasa.__path__, "peft_kasa."))]
 LEAVES = ["files", "peft_type"]
-ORDER = [*LEAVES, "spectral", "methods", "adapter", "training", "__init__"]  # each may import those before it
+ORDER = [
+    *LEAVES,
+    "spectral",
+    "methods",
+    "adapter",
+    "calibration",
+    "training",
+    "__init__",
+]  # each may import those before it
 HEADINGS = [
     "Idea",
     "Equations",

@@ -33,8 +33,7 @@ from peft.tuners.lora.corda import calib_cov_distribution, target_modules
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from peft_kasa import CorDAConfig, LoRASBConfig
-from peft_kasa.adapter.calibrate import calibrate
+from peft_kasa import CorDAConfig, LoRASBConfig, calibrate
 from peft_kasa.adapter.statistics import Statistics
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -36,6 +36,22 @@ def average_cores(
     Raises:
         ValueError: another method or other fields than the first's, more learnt than the core, or frames that differ;
             the message names the folder and the tensor. Nothing is written then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from peft_kasa import LoRAXSConfig, average_cores
+        >>> base, folder = torch.nn.Sequential(torch.nn.Linear(8, 6)), tempfile.mkdtemp()
+        >>> model = get_peft_model(base, LoRAXSConfig(r=2, target_modules=["0"]))
+        >>> core = model.base_model.model[0].slots("default")["core"]
+        >>> for client, value in enumerate([1.0, 3.0]):  # each trains, and sends its core
+        ...     _ = core.data.fill_(value)
+        ...     model.save_pretrained(f"{folder}/client{client}")
+        >>> average_cores([f"{folder}/client0", f"{folder}/client1"], f"{folder}/mean")
+        >>> model.load_adapter(f"{folder}/mean", "mean")
+        <All keys matched successfully>
+        >>> model.base_model.model[0].slots("mean")["core"].unique().item()
+        2.0
     """
     require(len(folders) > 0, "folders has to name at least one adapter", folders)
     weights = [1.0] * len(folders) if weights is None else weights

@@ -27,7 +27,7 @@ class Statistics:
     Example:
         >>> import tempfile, torch
         >>> from peft_kasa import CorDAConfig
-        >>> from peft_kasa.adapter.calibrate import calibrate
+        >>> from peft_kasa import calibrate
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(3, 2))
         >>> config = CorDAConfig(r=1, target_modules=["0", "1"])
         >>> batch = {"input": torch.tensor([[[1.0, 0, 0, 0], [0, 2.0, 0, 0]]])}

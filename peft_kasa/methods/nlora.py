@@ -19,10 +19,10 @@ class NLoRAConfig(SpectralConfig):
             parameters a module. "inttune" starts there too, and K alone learns: r^2. "slora" starts at L = 0, K and R
             Kaiming uniform: the base model, no decomposition at all.
         pseudo_inverse: K = pinv(W[:r, :r]) instead, so that L K R is Nystrom's approximation of W, which then leaves
-            the base: the start is the base model. Off: as in the reference code, nothing leaves, and it is
-            the base model and a small product besides. Not for "slora".
+            the base: the start is the base model. Off, as in the reference code, nothing leaves, and the start is the
+            base model plus a small product. Not for "slora".
 
-    Exported as LoRA it has rank r (with the pseudo-inverse 2r, but for "inttune"). The paper's runs use r = alpha = 128.
+    Exported as LoRA it has rank r (with the pseudo-inverse 2r, but for "inttune"). The paper uses r = alpha = 128.
 
     Example:
         >>> from peft_kasa import NLoRAConfig

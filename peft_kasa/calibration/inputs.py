@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.statistics_file import Value, mirror
 from ..methods.site import Needs
 from ..spectral.shared import Shared
 from .batches import IGNORED, Batch
 from .hooks import Device, accepts, input_of, removed, sparing
-from .statistics_file import Value, mirror
 
 
 class Inputs:

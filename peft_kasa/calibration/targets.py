@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from torch import nn
 
+from ..adapter.base_weight import unsupported
+from ..adapter.layer import SpectralLinear
+from ..adapter.tuner import SpectralModel
 from ..methods.method import SpectralConfig
-from .base_weight import unsupported
-from .layer import SpectralLinear
-from .tuner import SpectralModel
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -30,7 +30,7 @@ def targets(model: nn.Module, config: SpectralConfig) -> dict[str, nn.Module]:
     Example:
         >>> import torch
         >>> from peft_kasa import PiSSAConfig
-        >>> from peft_kasa.adapter.targets import targets
+        >>> from peft_kasa.calibration.targets import targets
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
         >>> list(targets(model, PiSSAConfig(target_modules="all-linear", exclude_modules=["2"])))
         ['0']

@@ -38,7 +38,7 @@ def batches(
         ValueError: data of another form, with what was found; rows that need a tokenizer, and there is none.
 
     Example:
-        >>> from peft_kasa.adapter.batches import batches
+        >>> from peft_kasa.calibration.batches import batches
         >>> for batch in batches([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], batch_size=2):
         ...     print(batch["input_ids"].tolist(), batch["attention_mask"].tolist())
         [[5, 6, 7], [8, 0, 0]] [[1, 1, 1], [1, 0, 0]]

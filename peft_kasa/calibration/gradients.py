@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.statistics_file import Value
 from ..spectral.products import exact_products
 from .batches import IGNORED, Batch
 from .hooks import Device, input_of, removed, sparing
-from .statistics_file import Value
 
 FP16_LOSS = 2.0**12  # gradients in float16 end at 6e-8: the loss is scaled by this power of 2, which rounds nothing
 

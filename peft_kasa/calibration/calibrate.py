@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.base_weight import BaseWeight
+from ..adapter.budget import start
+from ..adapter.fingerprint import SIDE, sketch
+from ..adapter.layer import SpectralLinear
+from ..adapter.starting import begin, layers_of
+from ..adapter.statistics import Statistics
+from ..adapter.statistics_file import About, Where
 from ..methods.method import SpectralConfig
 from ..methods.site import Needs
-from .base_weight import BaseWeight
 from .batches import Batch, batches
-from .budget import start
-from .fingerprint import SIDE, sketch
-from .layer import SpectralLinear
 from .passes import Pass, compatible
-from .starting import begin, layers_of
-from .statistics import Statistics
-from .statistics_file import About, Where
 from .targets import inner, targets
 
 MEMORY = 2**30  # bytes of mean gradients, where no more is said
@@ -77,7 +77,7 @@ def calibrate(
         >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import CorDAConfig
-        >>> from peft_kasa.adapter.calibrate import calibrate
+        >>> from peft_kasa import calibrate
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
         >>> model = get_peft_model(model, CorDAConfig(r=2, target_modules=["0", "2"]))
         >>> calibrate(model, [{"input": torch.randn(4, 5, 8)}])

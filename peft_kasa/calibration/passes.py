@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..adapter.fingerprint import OTHER, distance
+from ..adapter.statistics import Statistics
+from ..adapter.statistics_file import About
 from ..methods.site import Needs
 from .batches import Batch
-from .fingerprint import OTHER, distance
 from .gradients import Gradients
 from .hooks import Device
 from .inputs import Inputs
-from .statistics import Statistics
-from .statistics_file import About
 from .undisturbed import deferred, undisturbed
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Runs a model over data for the methods that start from it."""
