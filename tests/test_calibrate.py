@@ -260,7 +260,7 @@ def test_an_adapter_starts_group_by_group(tiny: str, monkeypatch: pytest.MonkeyP
     expected = get_peft_model(load(tiny), LoRAOneConfig(**ALL))
     calibrate(expected, ROWS)
     held: list[int] = []
-    from peft_kasa.adapter import calibrate as module
+    from peft_kasa.calibration import calibrate as module
 
     begin = module.begin
 

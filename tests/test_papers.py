@@ -60,7 +60,7 @@ def papers_start(member: Member, layer: SpectralLinear, r: int, s: float, **opti
     if needs:
         found = bases.statistics(needs).evidence(layer.name)
         dense = found if isinstance(found, Tensor) else found.matrix(centred=needs == "inputs")
-        evidence = [dense.double()]
+        evidence = [dense.double() / (bases.statistics(needs).seen if needs == "scaled inputs" else 1)]
     return reference(member).start(weight(layer), r, s, *evidence, **member.paper, **options)
 
 

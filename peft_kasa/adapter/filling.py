@@ -157,11 +157,11 @@ class Filling:
     def site(self: Any, adapter: str, weight: Tensor, engine: Engine) -> Site:
         """The layer as the adapter's method sees it."""
         known = self.adapters[adapter]
-        evidence = None
+        evidence, sequences = None, 1
         if known.config.needs and not weight.is_meta and known.config.statistics is not None:
             known.config.statistics = located(known.config.statistics)
-            evidence = known.config.statistics.evidence(self.name)
-        return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence)
+            evidence, sequences = known.config.statistics.evidence(self.name), known.config.statistics.seen
+        return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence, sequences)
 
     def _start(self: Any, adapter: str, weight: Tensor, engine: Engine) -> Start:
         try:

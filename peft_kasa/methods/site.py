@@ -28,6 +28,7 @@ class Site(NamedTuple):
     generator: torch.Generator  # seeded by the config's seed and the module's name
     engine: Engine
     evidence: Covariance | Tensor | None = None  # what the config's `needs` asked for
+    sequences: int = 1  # how many it was gathered from
 
     def svd(self, k: int, part: Part = "top", of: Tensor | None = None) -> Spectrum:
         """k singular triples of the weight, or of another matrix of its size.
@@ -52,11 +53,11 @@ class Site(NamedTuple):
         return Spectrum(whole.u[:, chosen], whole.s[chosen], whole.v[chosen])
 
     def oriented(self, k: int, part: Literal["top", "bottom"], damping: float, power: float) -> LowRank:
-        """The k triples of W C^power taken back to W, in split form, with C the damped moment of the inputs (CorDA)."""
+        """The k triples of W C^power taken back to W, in split form, with C the damped mean moment of the inputs (CorDA)."""
         m, n = self.weight.shape
         if self.weight.is_meta:
             return LowRank(self.zeros(m, k), self.zeros(k), self.zeros(k, n))
-        moment = powered(damped(self.inputs.matrix(), damping), power)
+        moment = powered(damped(self.inputs.matrix() / self.sequences, damping), power)
         return oriented(self.weight, moment, k, part, self.engine)
 
     def slices(self, k: int, inverse: bool) -> LowRank:
