@@ -19,6 +19,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from peft_kasa.methods.table import table
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
 LETTERS = [
@@ -123,3 +125,7 @@ def test_links_lead_somewhere() -> None:
                     for heading in re.findall(r"^#+ (.*)$", path.read_text(), re.M)
                 ]
                 assert anchor in headings, f"{page}: {target}#{anchor}"
+
+
+def test_the_table_of_the_family_is_what_the_configs_do() -> None:
+    assert table() in (ROOT / "docs" / "algebra.md").read_text()

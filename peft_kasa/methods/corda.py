@@ -36,6 +36,10 @@ class CorDAConfig(SpectralConfig):
     damping: float = 0.01
     power: float = 1.0
 
+    @property
+    def source(self) -> str:
+        return f"W C, {'largest' if self.mode == 'instruction' else 'smallest'} triples"
+
     def start(self, site: Site) -> Start:
         part: Literal["top", "bottom"] = "top" if self.mode == "instruction" else "bottom"
         cut = site.oriented(site.rank, part, self.damping, self.power)

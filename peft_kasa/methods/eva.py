@@ -29,6 +29,7 @@ class EVAConfig(SpectralConfig):
     """
 
     name = "eva"
+    source = "inputs, principal axes"
     needs = "inputs"
 
     rank_budget: Any = "variance"

@@ -44,6 +44,7 @@ class KaSAConfig(SpectralConfig):
     """
 
     name = "kasa"
+    source = "nothing, and W's smallest triples leave"
     default_scale = 2.0
 
     truncation: int | None = None

@@ -28,6 +28,7 @@ class LoRANullConfig(SpectralConfig):
     """
 
     name = "lora_null"
+    source = "W on the quietest axes of the inputs"
     needs = "scaled inputs"
 
     version: Literal[1, 2] = 1

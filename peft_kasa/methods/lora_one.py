@@ -29,6 +29,7 @@ class LoRAOneConfig(SpectralConfig):
     """
 
     name = "lora_one"
+    source = "-gradient, largest triples"
     needs = "gradients"
 
     alpha: float | None = 16

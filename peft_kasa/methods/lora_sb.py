@@ -30,6 +30,7 @@ class LoRASBConfig(SpectralConfig):
     """
 
     name = "lora_sb"
+    source = "-sign(gradient), largest triples"
     needs = "gradients"
 
     step_size: float = 1e-4

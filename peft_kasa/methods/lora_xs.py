@@ -29,6 +29,7 @@ class LoRAXSConfig(SpectralConfig):
     """
 
     name = "lora_xs"
+    source = "W, largest triples"
 
     sigma: Literal["right", "left"] = "right"
     std: float = 1e-5

@@ -147,6 +147,11 @@ class SpectralConfig(PeftConfig):
             return self.default_scale
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    @property
+    def source(self) -> str:
+        """What the start is made of, in a few words: for tables."""
+        return ""
+
     def start(self, site: Site) -> Start:
         """Where the method begins at one weight. May not branch on values: it also runs on the meta device."""
         raise NotImplementedError(f"{type(self).__name__} has to define `start`.")

@@ -28,10 +28,14 @@ class MiLoRAConfig(SpectralConfig):
 
     part: Part = "bottom"
 
+    @property
+    def source(self) -> str:
+        return f"W, {PARTS[self.part]} triples"
+
     def start(self, site: Site) -> Start:
         cut = site.svd(site.rank, self.part).scaled(1 / site.scale)
         return Start(cut.balanced(), ("left", "right"), "start")
 
     def _check(self) -> None:
         super()._check()
-        choice("part", self.part, PARTS)
+        choice("part", self.part, tuple(PARTS))

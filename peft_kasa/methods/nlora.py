@@ -35,6 +35,10 @@ class NLoRAConfig(SpectralConfig):
     variant: Literal["nlora", "slora", "inttune"] = "nlora"
     pseudo_inverse: bool = False
 
+    @property
+    def source(self) -> str:
+        return "nothing" if self.variant == "slora" else "W, first rows and columns"
+
     def start(self, site: Site) -> Start:
         (m, n), r = site.weight.shape, site.rank
         train: tuple[Slot, ...] = ("core",) if self.variant == "inttune" else ("left", "core", "right")

@@ -14,7 +14,7 @@ from ..spectral.sources import damped, oriented, powered, slices
 
 Slot: TypeAlias = Literal["left", "core", "right"]
 Part: TypeAlias = Literal["top", "bottom", "middle", "random"]
-PARTS: tuple[Part, ...] = ("top", "bottom", "middle", "random")
+PARTS: dict[Part, str] = {"top": "largest", "bottom": "smallest", "middle": "middle", "random": "random"}
 Needs: TypeAlias = Literal["", "inputs", "scaled inputs", "gradients"]
 
 
@@ -53,7 +53,7 @@ class Site(NamedTuple):
         return Spectrum(whole.u[:, chosen], whole.s[chosen], whole.v[chosen])
 
     def oriented(self, k: int, part: Literal["top", "bottom"], damping: float, power: float) -> LowRank:
-        """The k triples of W C^power taken back to W, in split form, with C the damped mean moment of the inputs (CorDA)."""
+        """The k triples of W C^power, C the damped mean moment of the inputs, taken back to W in split form (CorDA)."""
         m, n = self.weight.shape
         if self.weight.is_meta:
             return LowRank(self.zeros(m, k), self.zeros(k), self.zeros(k, n))

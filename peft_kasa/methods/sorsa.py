@@ -34,6 +34,7 @@ class SORSAConfig(SpectralConfig):
     """
 
     name = "sorsa"
+    source = "W, largest triples"
 
     gamma: float = 0.21
 

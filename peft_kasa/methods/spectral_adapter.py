@@ -33,6 +33,10 @@ class SpectralAdapterConfig(SpectralConfig):
     variant: Literal["additive", "rotation"] = "additive"
     part: Part = "top"
 
+    @property
+    def source(self) -> str:
+        return f"W, {PARTS[self.part]} triples"
+
     def start(self, site: Site) -> Start:
         cut, r = site.svd(site.rank, self.part), site.rank
         if self.variant == "additive":
@@ -53,7 +57,7 @@ class SpectralAdapterConfig(SpectralConfig):
     def _check(self) -> None:
         super()._check()
         choice("variant", self.variant, ("additive", "rotation"))
-        choice("part", self.part, PARTS)
+        choice("part", self.part, tuple(PARTS))
 
 
 def cayley(a: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class SVFConfig(SpectralConfig):
     """
 
     name = "svf"
+    source = "W, all triples"
     compact = True
 
     r: int | None = None

@@ -23,6 +23,7 @@ class SVFitConfig(SpectralConfig):
     """
 
     name = "svfit"
+    source = "W, largest triples"
 
     r: int = 128
 

@@ -37,6 +37,7 @@ class SVFTConfig(SpectralConfig):
     """
 
     name = "svft"
+    source = "W, all triples"
     compact = True
 
     r: int | None = None
