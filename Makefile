@@ -21,8 +21,8 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy peft_kasa
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m real
 
 bench: $(VENV)/.bench
 	$(BIN)/python examples/benchmarks/contract.py

@@ -1,4 +1,4 @@
-"""CorDA through TRL's `SFTTrainer`: the adapter starts from what the model sees of the task; two minutes on two cores.
+"""CorDA through TRL's `SFTTrainer`: the adapter starts from what the model sees of the task; two to three minutes.
 
 The task is that of finetune.py: an order written as one loose sentence becomes a short record (orders.py). The script
 

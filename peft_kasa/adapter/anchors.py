@@ -45,9 +45,10 @@ def aligned(frames: dict[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str,
         frame, anchor = frames[slot], anchor.to(frames[slot])
         found = _anchor(slot, frame)
         sign = torch.where((found * anchor).sum(0) < 0, -1.0, 1.0).to(frame)
-        norm = frame.norm(dim=0 if slot in DOWN else 1) * PRODUCTS**0.5
-        missed = ((found * sign - anchor).norm(dim=0) / norm.clamp_min(norm.max() * 1e-6)).nan_to_num(0.0)
-        if not missed.max() <= LIMIT or not torch.isfinite(anchor).all():
+        norm = frame.norm(dim=0 if slot in DOWN else 1).nan_to_num(0.0) * PRODUCTS**0.5
+        least = (norm.max() * 1e-6).clamp_min(torch.finfo(norm.dtype).tiny)
+        missed = ((found * sign - anchor).norm(dim=0) / norm.clamp_min(least)).nan_to_num(torch.inf)
+        if missed.max() > LIMIT:
             raise ValueError(
                 f"{slot}, computed again from the base weight, differs from the one that was trained beside in vector "
                 f"{int(missed.argmax())} (by {missed.max():.1e}, the limit is {LIMIT:.0e}). Load the base in the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class Covariance:
         with torch.inference_mode(False):  # or only inference mode could write to them
             self.mean = torch.zeros(features, dtype=torch.float64, device=device)
             self.scatter = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._found: dict[object, Any] = {}  # axes by what was asked for: modules that share inputs ask alike
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None, weight: float = 1) -> None:
@@ -133,7 +134,12 @@ class Covariance:
         n = len(self.mean)
         if not 0 <= k <= n:
             raise ValueError(f"The rank has to be 0 <= k <= n = {n}. Found {k}.")
-        moment = self.matrix(centred)
+        if (known := self._found.get((k, engine, centred))) is None:
+            known = self._found[(k, engine, centred)] = self._axes(k, engine, centred)
+        return known
+
+    def _axes(self, k: int, engine: Cut | None, centred: bool) -> Axes:
+        n, moment = len(self.mean), self.matrix(centred)
         if engine is None:
             values, vectors = torch.linalg.eigh(moment)  # ascending
             values, v = values[n - k :].flip(0), vectors[:, n - k :].flip(1).T
@@ -153,8 +159,10 @@ class Covariance:
         n = len(self.mean)
         if not 0 <= k <= n:
             raise ValueError(f"The rank has to be 0 <= k <= n = {n}. Found {k}.")
-        vectors = torch.linalg.eigh(self.matrix()).eigenvectors[:, :k].flip(1)  # ascending
-        return Spectrum(vectors, vectors.new_zeros(k), vectors.T).signed().v
+        if (known := self._found.get(k)) is None:
+            vectors = torch.linalg.eigh(self.matrix()).eigenvectors[:, :k].flip(1)  # ascending
+            known = self._found[k] = Spectrum(vectors, vectors.new_zeros(k), vectors.T).signed().v
+        return known
 
     def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         n = len(self.mean)
@@ -175,6 +183,7 @@ class Covariance:
         shift = mean.to(self.mean.device) - self.mean
         self.scatter.add_(scatter.to(self.mean.device), alpha=factor)
         self.scatter.addr_(shift, shift, alpha=self.count * count / (self.count + count))
+        self._found.clear()
         self.count += count
         self.mean.add_(shift, alpha=count / self.count)
 
