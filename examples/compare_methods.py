@@ -44,7 +44,7 @@ from measured import machine, versions
 from orders import Order, orders
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from peft_kasa import NLoRAConfig, calibrate, penalty
@@ -53,7 +53,7 @@ from peft_kasa.adapter.starting import layers_of
 
 Row = dict[str, list[int]]
 DTYPE = torch.bfloat16
-HELD_OUT, VALIDATION, CALIBRATION, GENERAL = 48, 16, 64, 16  # rows
+HELD_OUT, VALIDATION, CALIBRATION, GENERAL = 32, 8, 64, 8  # rows
 RATE_SEED, CALIBRATION_SEED, HELD_OUT_SEED = 1000, 2000, 0
 LONGEST = 64  # tokens of general text
 IDLE = "idle"  # an adapter that keeps the base wrapped
@@ -68,10 +68,11 @@ def main() -> None:
     book = Book(args)
     if not args.report:
         bench = Bench(book, args)
-        for seed in [None] if args.rates_only else args.seeds:
+        # The first seed of all comes first. Then the others: a start that no seed changes serves them all.
+        for seeds in [[]] if args.rates_only else [args.seeds[:1], args.seeds[1:]]:
             for method in METHODS:
                 if method.name in args.methods:
-                    bench.attempt(method, seed)
+                    bench.attempt(method, seeds)
                     report(book.data, args.output)
         bench.check_base()
     report(book.data, args.output, plot=True)
@@ -82,9 +83,9 @@ def parse_args() -> argparse.Namespace:
     names = [method.name for method in METHODS]
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 1 2 if left out")
-    parser.add_argument("--steps", type=int, default=24, help="24 if left out")
+    parser.add_argument("--steps", type=int, default=20, help="20 if left out")
     parser.add_argument("--batch-size", type=int, default=4, help="4 if left out")
-    parser.add_argument("--rate-steps", type=int, default=8, help="steps with each candidate learning rate")
+    parser.add_argument("--rate-steps", type=int, default=5, help="steps with each candidate learning rate")
     parser.add_argument("--rates-only", action="store_true", help="only choose the learning rates")
     parser.add_argument("--report", action="store_true", help="only write the table and the plot again")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for compare_methods.{json,md,svg}")
@@ -107,7 +108,7 @@ class Book:
             "dtype": str(DTYPE).removeprefix("torch."),
         }
         empty: dict[str, Any] = {"machine": machine(), "versions": versions(), "settings": settings}
-        empty |= {"base": {}, "calibration": {}, "rates": {}, "runs": [], "failed": {}}
+        empty |= {"base": {}, "calibration": {}, "rates": {}, "starts": {}, "runs": [], "failed": {}}
         self.data = json.loads(self.file.read_text()) if self.file.is_file() else empty
         if self.data["settings"] != settings and not args.report:
             sys.exit(f"{self.file} was made with {self.data['settings']}: give another --output, or remove it.")
@@ -144,8 +145,7 @@ class Bench:
             book.save()
         self.calibrate_all()
         self.family = get_peft_model(self.base, NLoRAConfig(r=1, variant="slora", target_modules="all-linear"), IDLE)
-        for name, parameter in self.family.named_parameters():
-            parameter.requires_grad_(False)
+        self.family.requires_grad_(False)
 
     def say(self, text: str) -> None:
         print(f"[{time.time() - self.started:6.0f} s] {text}", flush=True)
@@ -167,8 +167,10 @@ class Bench:
         """The statistics that the methods need, once each, in files."""
         for method in METHODS:
             what = method.statistics
-            if what and method.name in self.args.methods and not self.path(what).is_file():
+            known = what in self.book.data["calibration"] and self.path(what).is_file()
+            if what and method.name in self.args.methods and not known:
                 self.path(what).parent.mkdir(parents=True, exist_ok=True)
+                self.path(what).unlink(missing_ok=True)
                 rows = self.calibration[what.split(": ")[0]]
                 seconds, _ = timed(
                     lambda rows=rows, method=method, what=what: calibrate(
@@ -189,73 +191,71 @@ class Bench:
     def path(self, what: str) -> Path:
         return self.files / f"{what.replace(': ', '-').replace(' ', '-')}.safetensors"
 
-    def attempt(self, method: Method, seed: int | None) -> None:
-        """The choice of the learning rate, if it is not made yet, and then the run of a seed; or what went wrong."""
+    def attempt(self, method: Method, seeds: Sequence[int]) -> None:
+        """The choice of the learning rate, if it is not made yet, and the runs that are missing; or what went wrong."""
+        work: list[tuple[int, Callable[[Method, int, Any], None]]] = []
+        if method.name not in self.book.data["rates"]:
+            work.append((RATE_SEED, self.choose_rate))
+        work += [(seed, self.run) for seed in seeds if not self.book.has(method, seed)]
         try:
-            if method.name not in self.book.data["rates"]:
-                self.with_adapter(method, RATE_SEED, self.choose_rate)
-            if seed is not None and not self.book.has(method, seed):
-                self.with_adapter(method, seed, self.run)
+            for part in [[item] for item in work] if method.random else [work] if work else []:
+                self.with_adapter(method, part)
             self.book.data["failed"].pop(method.name, None)
         except Exception as error:
             traceback.print_exc()
             self.book.data["failed"][method.name] = f"{type(error).__name__}: {error}"
         self.book.save()
 
-    def with_adapter(
-        self, method: Method, seed: int, work: Callable[[Method, int, Any, dict[str, float]], None]
-    ) -> None:
-        """Starts an adapter, does the work, takes the adapter away."""
+    def with_adapter(self, method: Method, work: list[tuple[int, Callable[[Method, int, Any], None]]]) -> None:
+        """Starts an adapter, does each work from this start, takes the adapter away."""
         gc.collect()
-        torch.manual_seed(seed)
-        given: dict[str, Any] = {"seed": seed} if method.ours else {}
+        torch.manual_seed(work[0][0])
+        given: dict[str, Any] = {"seed": work[0][0]} if method.ours else {}
         if method.statistics:
             given["statistics"] = str(self.path(method.statistics))
-        config = method.config(**given)
-        if not method.ours:
-            base = load()
-            seconds, model = timed(lambda: get_peft_model(base, config, adapter_name=method.name))
-            work(method, seed, model, seconds)
-            return
+        config, base = method.config(**given), self.family if method.ours else load()
         try:
-            seconds, _ = timed(lambda: self.family.add_adapter(method.name, config))
-            self.family.set_adapter(method.name)
-            work(method, seed, self.family, seconds)
+            if method.ours:
+                seconds, _ = timed(lambda: base.add_adapter(method.name, config))
+                base.set_adapter(method.name)
+                model = base
+            else:
+                seconds, model = timed(lambda: get_peft_model(base, config, adapter_name=method.name))
+            self.book.data["starts"].setdefault(method.name, []).append(seconds)
+            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            start = [parameter.detach().clone() for parameter in learning]
+            for seed, do in work:
+                restore(learning, start)
+                do(method, seed, model)
         finally:
-            if method.name in self.family.peft_config:
+            if method.ours and method.name in self.family.peft_config:
                 self.family.set_adapter(IDLE)
                 self.family.delete_adapter(method.name)
             self.family.requires_grad_(False)
 
-    def choose_rate(self, method: Method, seed: int, model: Any, _: dict[str, float]) -> None:
+    def choose_rate(self, method: Method, seed: int, model: Any) -> None:
         """Some steps with each rate from the same start; the least loss on orders of their own."""
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in learning]
         found = {}
         for rate in method.rates:
-            with torch.no_grad():
-                for parameter, value in zip(learning, start, strict=True):
-                    parameter.copy_(value)
+            restore(learning, start)
             self.train(model, self.batches(seed, self.args.rate_steps), rate)
             loss = self.answers(model, self.validation)["loss"]
             found[rate] = loss if math.isfinite(loss) else 1e9
         chosen = min(found, key=found.__getitem__)
-        self.book.data["rates"][method.name] = {
-            "losses": {f"{rate:g}": loss for rate, loss in found.items()},
-            "chosen": chosen,
-        }
+        losses = {f"{rate:g}": loss for rate, loss in found.items()}
+        self.book.data["rates"][method.name] = {"losses": losses, "chosen": chosen}
         self.book.save()
         self.say(f"{method.title}: rate {chosen:g} of " + ", ".join(f"{r:g}: {x:.3f}" for r, x in found.items()))
 
-    def run(self, method: Method, seed: int, model: Any, start: dict[str, float]) -> None:
+    def run(self, method: Method, seed: int, model: Any) -> None:
         """One row of figures."""
         begun = time.time()
         rate = self.book.data["rates"][method.name]["chosen"]
         batches = self.batches(seed, self.args.steps)
-        row: dict[str, Any] = {"method": method.name, "seed": seed, "rate": rate, "start": start}
-        row["before"] = self.answers(model, self.validation)["loss"]
-        measures = seed == self.args.seeds[0]
-        if measures:
+        row: dict[str, Any] = {"method": method.name, "seed": seed, "rate": rate}
+        if not any("trainable" in run for run in self.book.data["runs"] if run["method"] == method.name):
             row |= self.sizes(model, method)
             row["saved_for_backward"] = saved_for_backward(model, max(batches, key=lambda b: b["input_ids"].numel()))
         row["step"] = self.train(model, batches, rate)
@@ -267,9 +267,10 @@ class Bench:
                 raise RuntimeError(f"the regulariser of {method.name} does not act")
         self.book.data["runs"].append(row)
         self.book.save()
+        started = self.book.data["starts"][method.name][-1]["wall"]
         self.say(
             f"{method.title}, seed {seed}: loss {row['loss']:.3f}, {row['exact']:.0%} right, other text "
-            f"{row['general_loss']:.3f}; start {start['wall']:.1f} s, step {row['step']['wall']:.2f} s "
+            f"{row['general_loss']:.3f}; start {started:.1f} s, step {row['step']['wall']:.2f} s "
             f"(CPU {row['step']['cpu']:.2f}); {time.time() - begun:.0f} s in all"
         )
 
@@ -285,7 +286,7 @@ class Bench:
         """A plain loop of AdamW; the median seconds of a step. Regularisers act in `optimizer.step`."""
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.0)
-        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, len(batches) // 12), len(batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: cosine(done, len(batches)))
         model.train()
         clocks = []
         for batch in batches:
@@ -350,6 +351,17 @@ class Bench:
         self.book.data["base_untouched"] = same
         self.book.save()
         self.say(f"base weights are {'the same, bit for bit' if same else 'OTHERS THAN BEFORE'}")
+
+
+def cosine(done: int, steps: int) -> float:
+    """The share of the learning rate: half of it in the first step, then down to nearly 0."""
+    return 0.5 if not done else (1 + math.cos(math.pi * done / steps)) / 2
+
+
+@torch.no_grad()
+def restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def step(model: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -44,6 +44,7 @@ class Method:
     rate: float
     statistics: str = ""
     ours: bool = True
+    random: bool = False  # whether the start depends on the seed
 
     @property
     def rates(self) -> list[float]:
@@ -58,15 +59,15 @@ class Method:
 LORA = partial(LoraConfig, r=8, lora_alpha=16)
 
 METHODS = [
-    Method("lora", "LoRA (PEFT)", LORA, 2e-3, ours=False),
-    Method("kasa", "KaSA", partial(KaSAConfig, r=8, reference_truncation=True), 2e-3),
+    Method("lora", "LoRA (PEFT)", LORA, 4e-3, ours=False, random=True),
+    Method("kasa", "KaSA", partial(KaSAConfig, r=8, reference_truncation=True), 4e-3, random=True),
     Method("pissa", "PiSSA", partial(PiSSAConfig, r=8), 1e-3),
-    Method("milora", "MiLoRA", partial(MiLoRAConfig, r=8), 2e-3),
+    Method("milora", "MiLoRA", partial(MiLoRAConfig, r=8), 4e-3),
     Method("sorsa", "SORSA", partial(SORSAConfig, r=8), 1e-3),
     Method("svfit", "SVFit r=128", SVFitConfig, 1e-1),
-    Method("lora_xs", "LoRA-XS r=32", partial(LoRAXSConfig, r=32), 4e-3),
+    Method("lora_xs", "LoRA-XS r=32", partial(LoRAXSConfig, r=32), 4e-3, random=True),
     Method("nlora", "NLoRA", partial(NLoRAConfig, r=8), 1e-3),
-    Method("slora", "SLoRA", partial(NLoRAConfig, r=8, variant="slora"), 4e-3),
+    Method("slora", "SLoRA", partial(NLoRAConfig, r=8, variant="slora"), 4e-3, random=True),
     Method("inttune", "IntTune r=32", partial(NLoRAConfig, r=32, variant="inttune"), 5e-3),
     Method("additive", "Spectral Adapter, additive", partial(SpectralAdapterConfig, r=8), 1e-3),
     Method("rotation", "Spectral Adapter, rotation", partial(SpectralAdapterConfig, r=8, variant="rotation"), 2e-2),
@@ -75,18 +76,15 @@ METHODS = [
         "corda_knowledge",
         "CorDA, knowledge",
         partial(CorDAConfig, r=8, mode="knowledge"),
-        2e-3,
+        4e-3,
         "general: scaled inputs",
     ),
-    Method("lora_null_1", "LoRA-Null v1", partial(LoRANullConfig, r=8), 2e-3, "general: scaled inputs"),
+    Method("lora_null_1", "LoRA-Null v1", partial(LoRANullConfig, r=8), 4e-3, "general: scaled inputs"),
     Method("lora_null_2", "LoRA-Null v2", partial(LoRANullConfig, r=8, version=2), 4e-3, "general: scaled inputs"),
     Method("eva", "EVA", partial(EVAConfig, r=8), 2e-3, "task: inputs"),
     Method("lora_sb", "LoRA-SB r=32", partial(LoRASBConfig, r=32), 1e-2, "task: gradients"),
     Method("lora_one", "LoRA-One", partial(LoRAOneConfig, r=8), 1e-3, "task: gradients"),
-    Method("svf", "SVF", SVFConfig, 2e-2),
-    Method("svft_plain", "SVFT, plain", SVFTConfig, 1e-1),
-    Method("svft_banded", "SVFT, banded 4", partial(SVFTConfig, pattern="banded", width=4), 3e-2),
-    Method("dora", "DoRA (PEFT)", partial(LORA, use_dora=True), 2e-3, ours=False),
+    Method("dora", "DoRA (PEFT)", partial(LORA, use_dora=True), 4e-3, ours=False, random=True),
     Method(
         "peft_pissa",
         "PiSSA (PEFT)",
@@ -94,4 +92,7 @@ METHODS = [
         1e-3,
         ours=False,
     ),
+    Method("svf", "SVF", SVFConfig, 2e-2),
+    Method("svft_plain", "SVFT, plain", SVFTConfig, 1e-1),
+    Method("svft_banded", "SVFT, banded 4", partial(SVFTConfig, pattern="banded", width=4), 3e-2),
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.method import SpectralConfig
 from ..spectral import Engine
 from ..spectral.sweep import sweep
+from .filling import given_rank
 from .layer import SpectralLinear
 from .starting import begin, job, layers_of, take_out
 
@@ -28,16 +31,23 @@ def start(model: nn.Module, adapter: str) -> None:
 def spend(model: nn.Module, adapter: str) -> None:
     """Chooses the ranks of an adapter's modules, makes their slots anew, and takes it out of those that get none.
 
-    The config is told: ranks go to its rank_pattern, and if modules are left out, its target_modules name the others.
+    Modules that rank_pattern names have their ranks already: all of them where the config is that of a saved adapter,
+    or of one beside which a copy is made. The config is told: ranks go to its rank_pattern, and if modules are left
+    out, its target_modules name the others.
     """
     layers = list(layers_of(model, adapter))
     config = layers[0].adapters[adapter].config
-    ranks = allocate(_shares(layers, adapter), config.rank_budget, config.r or 0)
-    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank} | config.rank_pattern
-    kept = [layer for layer in layers if ranks[layer.name]]
-    if len(kept) < len(layers):
-        config.target_modules = {layer.name for layer in kept}
-        take_out(model, adapter, [layer for layer in layers if not ranks[layer.name]])
+    open_ones = [layer for layer in layers if given_rank(config, layer.name) is None]
+    if not open_ones:
+        return
+    ranks = allocate(_shares(open_ones, adapter), config.rank_budget, config.r or 0)
+    without = [layer for layer in open_ones if not ranks[layer.name]]
+    kept = [layer for layer in layers if layer not in without]
+    chosen = {_exactly(layer.name, layers): rank for layer in open_ones if (rank := ranks[layer.name])}
+    config.rank_pattern = chosen | config.rank_pattern
+    if without:
+        _target(config, model, {layer.name for layer in kept})
+        take_out(model, adapter, without)
     for layer in kept:
         trains = any(slot.requires_grad for slot in layer.peft_kasa_learnt[adapter].parameters())
         layer.reserve(adapter, config)
@@ -87,3 +97,17 @@ def _shares(layers: list[SpectralLinear], adapter: str) -> dict[str, Tensor]:
 def _measure(layer: SpectralLinear, adapter: str, engine: Engine, shares: Tensor) -> None:
     site = layer.site(adapter, layer.base.matrix(), engine)
     shares.copy_(layer.adapters[adapter].config.shares(site, len(shares)))
+
+
+def _exactly(name: str, layers: list[SpectralLinear]) -> str:
+    """The name as a pattern that no other layer matches: PEFT's patterns also match what ends in them."""
+    return f"^{re.escape(name)}" if any(layer.name.endswith(f".{name}") for layer in layers) else name
+
+
+def _target(config: SpectralConfig, model: nn.Module, names: set[str]) -> None:
+    """Makes these modules the config's targets, and no other that ends in one of their names."""
+    ends = tuple(f".{name}" for name in names)
+    config.target_modules = names
+    if sum(f".{path}".endswith(ends) for path, _ in model.named_modules()) > len(names):
+        config.target_modules = "|".join(re.escape(name) for name in sorted(names))
+        config.layers_to_transform = config.layers_pattern = None

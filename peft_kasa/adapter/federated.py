@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..files import replacing
 from ..methods.method import require
 from ..peft_type import NAME, PREFIX
+from .config_file import AdapterConfigFile
 
 LEARNT, FROZEN = f".{PREFIX}learnt.", f".{PREFIX}frozen."
 
@@ -29,12 +31,13 @@ def average_cores(
     same rank, exactly. Averaging LoRA's two factors is not. Sums are taken in float64.
 
     Args:
-        folders: of adapters saved by `save_pretrained`: LoRA-SB, LoRA-XS, SVFit, SVFT, IntTune ..., all from one start.
+        folders: of adapters saved by `save_pretrained`, all from one start: LoRA-SB, LoRA-XS, SVFit, SVF, IntTune, SVFT
+            with `gate=False`.
         into: the folder of the mean, made if need be. Its config is the first adapter's.
         weights: of the adapters, such as the sizes of their data. None: all the same.
 
     Raises:
-        ValueError: another method or other fields than the first's, more learnt than the core, or frames that differ;
+        ValueError: another method or fields than the first's, more learnt than a linear core, frames that differ;
             the message names the folder and the tensor. Nothing is written then.
 
     Example:
@@ -72,20 +75,22 @@ def average_cores(
         shutil.copyfile(Path(folders[0]) / CONFIG_NAME, os.path.join(made, CONFIG_NAME))
 
 
-def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = json.loads((Path(folder) / CONFIG_NAME).read_text())
     require(config.get("peft_type") == NAME, f"{folder}: peft_type has to be {NAME}", config.get("peft_type"))
     state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
     learnt = sorted({key.rpartition(".")[2] for key in state if LEARNT in key})
     rule = f"{folder}: only cores may learn, since the mean of several factors is not the mean of their products"
     require(learnt == ["core"], rule, learnt)
+    rule = f"{folder}: the core has to be linear in what learns, or the mean is not the mean of the updates"
+    require(AdapterConfigFile(**config).averages, rule, f"{config['method']} with a gate or a rotation")
     return state, config
 
 
 def _check_alike(
     folder: str | os.PathLike[str],
-    config: dict[str, object],
-    other: dict[str, object],
+    config: dict[str, Any],
+    other: dict[str, Any],
     first: dict[str, Tensor],
     state: dict[str, Tensor],
 ) -> None:

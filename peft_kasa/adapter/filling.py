@@ -44,7 +44,7 @@ class Filling:
     def reserve(self: Any, adapter: str, config: SpectralConfig) -> None:
         """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
         m, n = self.out_features, self.in_features
-        rank = _pattern(config.rank_pattern, self.name, config.r) or min(m, n)
+        rank = given_rank(config, self.name) or config.r or min(m, n)
         scale = config.scale(rank, _pattern(config.alpha_pattern, self.name, config.alpha))
         rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
         require(rank <= min(m, n), rule, rank)
@@ -108,7 +108,7 @@ class Filling:
         """Makes sure that the adapter has values: a file's, checked, or else its method's start.
 
         Raises:
-            ValueError: the method starts from statistics of data, and has none.
+            ValueError: the method starts from statistics of data, and has none; or its ranks have not been chosen.
         """
         known = self.adapters[adapter]
         if not known.awaiting:
@@ -122,6 +122,11 @@ class Filling:
             raise ValueError(
                 f"{self.name}: adapter {adapter!r} ({known.config.name}) starts from {known.config.needs} of data and "
                 f"has seen none. Call calibrate(model, data, adapter={adapter!r}) first."
+            )
+        elif known.config.rank_budget is not None and given_rank(known.config, self.name) is None:
+            raise ValueError(
+                f"{self.name}: the rank of adapter {adapter!r} has not been chosen (rank_budget), since its config was "
+                "read from a file, to be filled from one. Give get_peft_model a new one: dataclasses.replace(config)."
             )
         else:
             self.begin(adapter, Engine())
@@ -168,6 +173,11 @@ class Filling:
             return self.adapters[adapter].config.start(self.site(adapter, weight, engine))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+
+
+def given_rank(config: SpectralConfig, name: str) -> int | None:
+    """The rank that rank_pattern gives a module, if any."""
+    return _pattern(config.rank_pattern, name, None)
 
 
 def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

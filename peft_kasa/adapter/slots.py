@@ -81,11 +81,11 @@ def update(slots: Slots, config: SpectralConfig, scale: float) -> Product:
     if through_base(slots):
         right = slots["right0"].float()
         return _product(right.T, scale * core_difference(slots, config), right)
+    if "right0" in slots and "left" not in slots and "right" not in slots:
+        return _product(slots["left0"].float(), scale * core_difference(slots, config), slots["right0"].float())
     left, core, right = value(slots, config)
     if "right0" not in slots:
         return _product(left, scale * core, right)
-    if "left" not in slots and "right" not in slots:
-        return _product(left, scale * core_difference(slots, config), right)
     parts = []
     if "left" in slots or "core" in slots:
         moved = torch.zeros_like(left)

@@ -61,7 +61,7 @@ def calibrate(
         device: where sums are kept. None: where the inputs or weights are.
         memory: bytes of moments or mean gradients that are held at once: one pass over the data for each such group of
             modules, whose starts are computed before the next. None: 2**30 for gradients, any for moments, in one pass.
-            A config without `path` needs all at once.
+            A config without `path` needs all at once, and so does a rank_budget, which compares all modules.
         labels_only: only tokens that are labels count as inputs (EVA's way in PEFT).
         progress: whether to show a bar. None: on a terminal.
 

@@ -1,4 +1,4 @@
-"""LoRA-Null: adapters in the null space of the inputs (AAAI 2026)."""
+"""LoRA-Null: adapters in the null space of the inputs (arXiv:2503.02659)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .site import Site, Start
 
 @dataclass(repr=False)
 class LoRANullConfig(SpectralConfig):
-    """`left @ right` starts as W Q Q^T, with Q the r directions in which the inputs vary least (LoRA-Null, AAAI 2026).
+    """`left @ right` starts as W Q Q^T, with Q the r directions in which the inputs vary least (arXiv:2503.02659).
 
     With W Q Q^T = U S V^T, left = U sqrt(S / s), right = sqrt(S / s) V^T; their product leaves the base. What the
     calibration data puts into the module hardly meets the adapter, so what the model knows of it is kept. Needs

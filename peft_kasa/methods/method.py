@@ -51,8 +51,8 @@ class SpectralConfig(PeftConfig):
         rank_budget: how the ranks are chosen, before the start. None: r for all. "variance": r times the number of
             modules is given to the largest shares of all (EVA, arXiv:2410.07170), and a module without any is left out.
             A number 0 < t < 1: each module's smallest rank whose triples hold the share t. A dictionary: the ranks by
-            module name, as in rank_pattern. Shares are of the squared singular values of what the start comes from:
-            the weight, its inputs or its gradient.
+            module name, as in rank_pattern. What rank_pattern names keeps its rank, and takes no part. Shares are of
+            the squared singular values of what the start comes from: the weight, its inputs or its gradient.
         rank_spread: with a rank_budget, no module gets a rank above rank_spread * r.
         statistics: of the inputs or gradients, for methods that need them: what `calibrate` returned, or the path of
             its file. Not written to adapter_config.json.
@@ -139,6 +139,7 @@ class SpectralConfig(PeftConfig):
         known = budget in (None, "variance") or (isinstance(budget, float) and 0 < budget < 1)
         rule = "rank_budget has to be None, 'variance', a share between 0 and 1, or ranks by module name"
         require(known, rule, budget)
+        require(budget != "variance" or self.r is not None, "rank_budget='variance' needs r, the mean rank", self.r)
         require(self.rank_spread >= 1, "rank_spread has to be at least 1", self.rank_spread)
 
     def scale(self, rank: int, alpha: float | None) -> float:
@@ -164,6 +165,11 @@ class SpectralConfig(PeftConfig):
     def shapes_core(self) -> bool:
         """Whether the core is a function of what learns."""
         return type(self).core is not SpectralConfig.core
+
+    @property
+    def averages(self) -> bool:
+        """Whether the core is linear in what learns, so that a mean of cores is the core of the mean."""
+        return not self.shapes_core
 
     @property
     def keeps_frames(self) -> bool:

@@ -19,8 +19,8 @@ class SVFConfig(SpectralConfig):
     """Each singular value of W is scaled by a number that learns (arXiv:2501.06252).
 
     y = U diag(S z) V^T x, with z = 1 at the start: min(m, n) parameters a module. Only V^T is kept, since
-    U diag(S (z - 1)) V^T x = W V diag(z - 1) V^T x: the base layer itself is applied, and half of what U and V would
-    take is saved. Checkpoints hold z alone, unless `save_frames=True`. Exported as LoRA it has rank min(m, n), or r.
+    U diag(S (z - 1)) V^T x = W V diag(z - 1) V^T x: the base weight itself is applied, and what U would take is
+    saved. Checkpoints hold z alone, unless `save_frames=True`. Exported as LoRA it has rank min(m, n), or r.
 
     Args:
         r: how many of the largest values learn. None, as in the paper: all.

@@ -61,6 +61,10 @@ class SVFTConfig(SpectralConfig):
             return values
         return values.new_zeros(size, size).index_put(tuple(fixed.long()), values)
 
+    @property
+    def averages(self) -> bool:
+        return not self.gate
+
     def _entries(self, site: Site, cut: Spectrum, count: int, width: int) -> Tensor:
         """Rows and columns (2, count), row by row."""
         k = len(cut.s)

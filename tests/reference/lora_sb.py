@@ -11,7 +11,7 @@ from torch import Tensor
 SCALE = 1.0  # alpha = r
 
 
-def start(W: Tensor, r: int, s: float, G: Tensor, eta: float = 1e-4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def start(W: Tensor, r: int, s: float, G: Tensor, eta: float = 1e-6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W itself, and U_r, S_r / s, V_r^T of -eta sign(G), G the mean gradient; the core alone learns, full."""
     U, S, Vh = torch.linalg.svd(-eta * torch.sign(G), full_matrices=False)
     return W, U[:, :r], torch.diag(S[:r]) / s, Vh[:r]
