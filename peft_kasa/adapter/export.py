@@ -140,7 +140,7 @@ def _refuse_to_replace(config: str) -> None:
 
 
 def _adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
-    settle(model)
+    settle(model, [adapter])
     layers = {m.name: m for m in model.modules() if isinstance(m, SpectralLinear) and adapter in m.adapters}
     known = sorted({name for m in model.modules() if isinstance(m, SpectralLinear) for name in m.adapters})
     require(bool(layers), f"adapter has to be one of the family's in this model: {known}", adapter)

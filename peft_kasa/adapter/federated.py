@@ -59,7 +59,8 @@ def average_cores(
     require(len(folders) > 0, "folders has to name at least one adapter", folders)
     weights = [1.0] * len(folders) if weights is None else weights
     require(len(weights) == len(folders), f"weights has to have {len(folders)} entries, one a folder", len(weights))
-    require(min(weights) >= 0 and sum(weights) > 0, "weights have to be at least 0, and one above it", weights)
+    positive = min(weights) >= 0 and 0 < sum(weights) < float("inf")
+    require(positive, "weights have to be finite numbers of at least 0, and one above it", weights)
     first, config = _read(folders[0])
     total = {key: torch.zeros(value.shape, dtype=torch.float64) for key, value in first.items() if LEARNT in key}
     for folder, weight in zip(folders, weights, strict=True):
@@ -104,8 +105,12 @@ def _check_alike(
             require(
                 state[key].shape == value.shape, f"{folder}: {key} has to be {tuple(value.shape)}", state[key].shape
             )
-        elif FROZEN in key and not torch.equal(value, state[key]):
-            raise ValueError(
-                f"{folder}: {key} differs from the first adapter's, so the cores do not belong to the same frames. "
-                "Give all clients one start: save it once, and let each go on from there."
+            require(bool(state[key].isfinite().all()), f"{folder}: {key} has to be finite", "NaN or infinite entries")
+        elif not torch.equal(value, state[key]):
+            reason = (
+                "so the cores do not belong to the same frames. Give all clients one start: save it once, and let each "
+                "go on from there."
+                if FROZEN in key
+                else "and only cores are averaged. Train without modules_to_save and trainable_token_indices."
             )
+            raise ValueError(f"{folder}: {key} differs from the first adapter's, {reason}")

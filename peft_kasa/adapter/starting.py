@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from torch import Tensor, nn
@@ -72,15 +72,15 @@ def _about(layer: SpectralLinear, adapter: str) -> object:
     return checksum(weight), known.rank, known.scale, settings, None if seen is None else checksum(seen)
 
 
-def settle(model: nn.Module, uncalibrated: bool = True) -> None:
+def settle(model: nn.Module, needed: Collection[str] = ()) -> None:
     """Makes sure that every adapter has values: its file's, or else its method's start.
 
     Raises:
-        ValueError: one has to be calibrated first (unless `uncalibrated` ones are left as they are).
+        ValueError: a needed one has to be calibrated first. Others are left as they are.
     """
     for layer in all_layers(model):
         for adapter, known in layer.adapters.items():
-            if uncalibrated or not known.uncalibrated:
+            if adapter in needed or not known.uncalibrated:
                 layer.settle(adapter)
 
 

@@ -60,7 +60,7 @@ class SpectralModel(BaseTuner):
         On any error the model is left without the adapter.
         """
         _check_name(adapter_name)
-        settle(model, uncalibrated=False)
+        settle(model)
         config: Any = self.peft_config[adapter_name]
         values_follow = config.from_file or low_cpu_mem_usage or state_dict is not None
         config.from_file = False  # told once: another adapter with this config starts afresh
@@ -102,7 +102,7 @@ class SpectralModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        settle(model)
+        settle(model, [adapter_name])
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for path, layer in named_layers(model, adapter_name):
             for slot in checkpoint.left_out(layer, adapter_name):
@@ -128,14 +128,14 @@ class SpectralModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT; warns with what rounding to the base's storage lost, if that is notable."""
-        settle(self.model)
+        settle(self.model, adapter_names or self.active_adapters)
         if safe_merge:
             _check_finite(list(all_layers(self.model)), adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         _report_rounding(list(all_layers(self.model)))
 
     def _unload_and_optionally_merge(self, merge: bool = True, safe_merge: bool = False, **kwargs: Any) -> Any:
-        settle(self.model)
+        settle(self.model, (kwargs.get("adapter_names") or self.active_adapters) if merge else ())
         layers = list(all_layers(self.model))
         if merge and safe_merge:
             _check_finite(layers, kwargs.get("adapter_names"))
