@@ -17,6 +17,8 @@ INPUTS := pyproject.toml constraints.txt
 demo: $(VENV)/.examples
 	$(BIN)/python examples/finetune.py
 
+# Two processes of one thread each.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -257,6 +257,7 @@ class Bench:
         row: dict[str, Any] = {"method": method.name, "seed": seed, "rate": rate}
         if not any("trainable" in run for run in self.book.data["runs"] if run["method"] == method.name):
             row |= self.sizes(model, method)
+            row["loss_at_start"] = self.answers(model, self.held_out)["loss"]
             row["saved_for_backward"] = saved_for_backward(model, max(batches, key=lambda b: b["input_ids"].numel()))
         row["step"] = self.train(model, batches, rate)
         row |= self.judged(model)

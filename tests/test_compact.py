@@ -83,6 +83,15 @@ def is_refused(folder: str, base: nn.Module, *said: str, low: bool = False) -> N
     assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
+def refusal(work: Callable[[], object]) -> str:
+    """What work was refused with, or nothing."""
+    try:
+        work()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 # What a file holds ------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +110,9 @@ def check_file(member: Member, make: Callable[[], nn.Module], folder: Path) -> N
     assert slots_in(path) == slots.keys() - vectors
     sizes = [sum(value.numel() for value in file.values()) for file in (tensors, full)]
     assert sizes[0] < sizes[1] if frozen else sizes[0] == sizes[1]
-    assert all(torch.equal(tensors[key], full[key]) for key in tensors if ".anchor_" not in key)
+    for key in (key for key in tensors if ".anchor_" not in key):
+        rounding = 1e-2 if key.endswith(".fixed") else 0  # a 4-bit weight is taken as repacked
+        assert torch.allclose(tensors[key], full[key], rounding, 0)
 
 
 @each_member
@@ -302,20 +313,22 @@ def test_a_relative_of_the_base_is_refused(member: Member, tmp_path: Path) -> No
 
 
 @each_member
-def test_a_four_bit_base_that_ran_before_is_refused_or_right(member: Member, tiny: str, tmp_path: Path) -> None:
-    """bitsandbytes rounds the scales of a 4-bit weight at its first evaluation on some CPUs, and nothing undoes that."""
-    _, folder = saved(member, load(tiny, "nf4"), tmp_path / "compact")
-    _, full = saved(member, load(tiny, "nf4"), tmp_path / "full", save_frames=True)
-    ran, twin = load(tiny, "nf4"), load(tiny, "nf4")
-    for model in (ran, twin):
-        logits(model)
-    expected = logits(PeftModel.from_pretrained(twin, full))
-    try:
-        found = logits(PeftModel.from_pretrained(ran, folder))
-    except ValueError as error:
-        assert "save with save_frames=True" in str(error)
-    else:
-        assert (found - expected).norm() <= 2e-3 * expected.norm()
+@pytest.mark.parametrize("first", ["made", "used"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4 single"])
+def test_a_four_bit_base_may_have_been_evaluated_before(
+    member: Member, first: str, kind: str, tiny: str, tmp_path: Path
+) -> None:
+    """On some CPUs bitsandbytes rounds the scales of a 4-bit weight then, for good: the frames are the same still."""
+    made, used = load(tiny, kind), load(tiny, kind)
+    logits(made if first == "made" else used)
+    model, folder = saved(member, made, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        again = PeftModel.from_pretrained(used, folder)
+    assert same_slots(model, again)
+    expected = logits(model)
+    assert (logits(again) - expected).norm() <= 0.05 * expected.norm()  # the base itself is a little another
 
 
 # Frames that come out otherwise -----------------------------------------------------------------------------------
@@ -404,13 +417,11 @@ def test_a_turn_is_found_whatever_the_pair(angle: float, slot: str) -> None:
             other = q.clone()
             other[:, first : first + 2] = q[:, first : first + 2] @ turn
             known, found = ((part * norms) if slot == "left" else (part * norms).T for part in (q, other))
-            try:
-                anchors.aligned({slot: found}, anchors.anchors({slot: known}, ()))
-            except ValueError as error:
-                assert str(error).startswith(f"{slot}, computed again")
-                assert any(f"in vector {index} " in str(error) for index in (first, first + 1))
-            else:
-                missed += 1
+            kept = anchors.anchors({slot: known}, ())
+            said = refusal(lambda found=found, kept=kept: anchors.aligned({slot: found}, kept))
+            missed += not said
+            assert not said or said.startswith(f"{slot}, computed again")
+            assert not said or any(f"in vector {index} " in said for index in (first, first + 1))
     assert missed <= 1  # of 200
 
 
@@ -422,11 +433,13 @@ def test_anchors_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
     for member in (FREE[0], FREE[5], FREE[7]):
         _, folder = saved(member, stack(), tmp_path / member.name)
         change(folder, spoil)
-        is_refused(folder, stack(), r"[024]: anchor_\w+ in the adapter's file has NaN or infinite entries", "Use another")
+        is_refused(
+            folder, stack(), r"[024]: anchor_\w+ in the adapter's file has NaN or infinite entries", "Use another"
+        )
     frames = {"left": torch.eye(5)[:, :3]}
     kept = anchors.anchors(frames, ())
     kept["anchor_left"][1, 2] = bad
-    with pytest.raises(ValueError, match="left, computed again .* in vector 2"):
+    with pytest.raises(ValueError, match=r"left, computed again .* in vector 2"):
         anchors.aligned(frames, kept)
 
 
@@ -441,7 +454,7 @@ def test_frames_that_are_not_finite_are_refused() -> None:
     frames = {"right": torch.eye(5)[:3]}
     kept = anchors.anchors(frames, ())
     frames["right"][2, 2] = torch.nan
-    with pytest.raises(ValueError, match="right, computed again .* in vector 2"):
+    with pytest.raises(ValueError, match=r"right, computed again .* in vector 2"):
         anchors.aligned(frames, kept)
 
 

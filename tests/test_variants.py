@@ -294,7 +294,9 @@ def test_parts_are_slices_of_the_dense_decomposition(config_class: type[Spectral
 @pytest.mark.parametrize("config_class", [PiSSAConfig, MiLoRAConfig, SpectralAdapterConfig])
 def test_random_parts_are_distinct_triples_drawn_by_seed_and_module(config_class: type[SpectralConfig]) -> None:
     def chosen(seed: int) -> dict[str, list[int]]:
-        shares = {name: share_of_triples(layer) for name, layer in on_stack(config_class, part="random", seed=seed).items()}
+        shares = {
+            name: share_of_triples(layer) for name, layer in on_stack(config_class, part="random", seed=seed).items()
+        }
         for share in shares.values():
             assert torch.allclose(share, share.round(), atol=1e-5)
             assert share.round().sum() == 4

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..methods.method import SpectralConfig
+from ..peft_type import PREFIX
 from ..spectral import Engine
 from ..spectral.sweep import sweep
 from .filling import given_rank
 from .layer import SpectralLinear
-from .starting import begin, job, layers_of, take_out
+from .starting import begin, job, layers_of, named_layers, take_out
 
 
-def start(model: nn.Module, adapter: str) -> None:
-    """Gives all modules of an adapter their ranks and their start."""
+def start(model: nn.Module, adapter: str, again: bool = False) -> None:
+    """Gives all modules of an adapter their ranks and their start; `again`, ranks that were chosen before as well."""
     layers = list(layers_of(model, adapter))
     if any(layer.on_meta(adapter) for layer in layers):
         layers = []  # other ranks may have the weights: this one says that it has none
     elif layers and layers[0].adapters[adapter].config.rank_budget is not None:
-        spend(model, adapter)
+        spend(model, adapter, again)
         layers = list(layers_of(model, adapter))
     begin(layers, adapter)
 
 
-def spend(model: nn.Module, adapter: str) -> None:
+def spend(model: nn.Module, adapter: str, again: bool = False) -> None:
     """Chooses the ranks of an adapter's modules, makes their slots anew, and takes it out of those that get none.
 
     Modules that rank_pattern names have their ranks already: all of them where the config is that of a saved adapter,
@@ -36,15 +39,46 @@ def spend(model: nn.Module, adapter: str) -> None:
     out, its target_modules name the others.
     """
     layers = list(layers_of(model, adapter))
-    config = layers[0].adapters[adapter].config
+    config: Any = layers[0].adapters[adapter].config
+    before, modules = getattr(config, "before_budget", (config.rank_pattern, len(layers)))
+    if again:
+        if modules > len(layers):
+            raise ValueError(
+                f"The ranks of adapter {adapter!r} were chosen before, and {modules - len(layers)} modules left out. "
+                "Add another adapter, with a new config, to choose again."
+            )
+        config.rank_pattern = before
     open_ones = [layer for layer in layers if given_rank(config, layer.name) is None]
     if not open_ones:
         return
     ranks = allocate(_shares(open_ones, adapter), config.rank_budget, config.r or 0)
-    without = [layer for layer in open_ones if not ranks[layer.name]]
-    kept = [layer for layer in layers if layer not in without]
-    chosen = {_exactly(layer.name, layers): rank for layer in open_ones if (rank := ranks[layer.name])}
+    _choose(config, model, adapter, {layer: ranks[layer.name] for layer in open_ones})
+
+
+def adopt(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> None:
+    """Takes the ranks from an adapter's file, where they are yet to be chosen: a run that goes on has no statistics."""
+    named = dict(named_layers(model, adapter))
+    if not named or not all(layer.adapters[adapter].awaiting for layer in named.values()):
+        return
+    config = next(iter(named.values())).adapters[adapter].config
+    if config.rank_budget is None or all(given_rank(config, layer.name) for layer in named.values()):
+        return
+    ranks = {}
+    for path, layer in named.items():
+        sides = (f"{path}.{PREFIX}{kind}.{adapter}.right{end}" for kind in ("learnt", "frozen") for end in ("", "0"))
+        ranks[layer] = next((len(state[key]) for key in sides if key in state), 0)
+    if any(ranks.values()):
+        _choose(config, model, adapter, ranks)
+
+
+def _choose(config: Any, model: nn.Module, adapter: str, ranks: dict[SpectralLinear, int]) -> None:
+    """Makes these the ranks of the adapter's modules; those of rank 0 lose it."""
+    layers = list(layers_of(model, adapter))
+    config.before_budget = (config.rank_pattern, len(layers))
+    chosen = {_exactly(layer.name, layers): rank for layer, rank in ranks.items() if rank}
     config.rank_pattern = chosen | config.rank_pattern
+    without = [layer for layer, rank in ranks.items() if not rank]
+    kept = [layer for layer in layers if layer not in without]
     if without:
         _target(config, model, {layer.name for layer in kept})
         take_out(model, adapter, without)
@@ -93,10 +127,8 @@ def _shares(layers: list[SpectralLinear], adapter: str) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
 def _measure(layer: SpectralLinear, adapter: str, engine: Engine, shares: Tensor) -> None:
-    site = layer.site(adapter, layer.base.matrix(), engine)
-    shares.copy_(layer.adapters[adapter].config.shares(site, len(shares)))
+    shares.copy_(layer.shares(adapter, len(shares), engine))
 
 
 def _exactly(name: str, layers: list[SpectralLinear]) -> str:

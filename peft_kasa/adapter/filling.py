@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..methods.method import SpectralConfig, require
 from ..methods.site import Site, Start
 from ..peft_type import PREFIX
 from ..spectral import Engine
+from ..spectral.checksum import checksum
 from . import anchors, checkpoint
 from . import slots as slot
 from .fingerprint import FINGERPRINT, SIDE, sketch
@@ -28,6 +31,7 @@ class Adapter:
     rank: int
     scale: float
     awaiting: bool = True  # its slots have no values yet: a file or the method's start will give them
+    began: str = ""  # checksums of what learns, at the start; none where a file gave the values
     peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
     trained: bool = False  # a forward pass has asked for its gradients
     masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
@@ -36,6 +40,14 @@ class Adapter:
     def uncalibrated(self) -> bool:
         """Whether it waits for statistics of data."""
         return self.awaiting and bool(self.config.needs) and self.config.statistics is None
+
+
+class Holder(nn.Module):
+    """The slots of an adapter in a layer: float32 whatever the model is cast to, or masters, fingerprints and patterns
+    would lose what they are for."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Holder:
+        return super()._apply(lambda value: fn(value).to(value.dtype), recurse)
 
 
 class Filling:
@@ -54,7 +66,7 @@ class Filling:
         if not config.keeps_frames:
             values |= anchors.anchors(values, start.train)
         shapes = {name: tuple(value.shape) for name, value in values.items()} | {FINGERPRINT: (SIDE, SIDE)}
-        self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter] = nn.Module(), nn.Module()
+        self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter] = Holder(), Holder()
         self.frozen_peft_weight_names[adapter] = (PREFIX + "frozen",)
         for name, shape in shapes.items():
             empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
@@ -77,32 +89,47 @@ class Filling:
             if noise is not None and name in learnt:
                 sample = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 parameter.add_(sample.normal_(0, 0.05, generator=noise).to(parameter.device))
-        self.adapters[adapter].awaiting = False
+        self.remember(adapter)
 
     @torch.no_grad()
-    def rebuild(self: Any, adapter: str, engine: Engine) -> None:
-        """Computes what a compact checkpoint leaves out, and makes sure that it is what was trained beside.
+    def frames(self: Any, adapter: str, saved: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+        """What a compact checkpoint leaves out: what is here if its anchors fit it, or else computed again.
 
         Raises:
             ValueError: the base weight does not give it; the message says what to do.
         """
-        slots = self.slots(adapter)
-        saved = {name: value for name, value in slots.items() if name.startswith(anchors.PREFIX)}
+        names, slots = checkpoint.left_out(self, adapter), self.slots(adapter)
+        if not any(slots[name].is_meta or torch.isnan(slots[name]).any() for name in names):
+            with suppress(ValueError):
+                return anchors.aligned({name: slots[name] for name in names}, saved)
         values = self._computed(adapter, engine)
         try:
-            values = anchors.aligned(values, saved)
+            return anchors.aligned({name: values[name] for name in names}, saved)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        for name in checkpoint.left_out(self, adapter):
-            slots[name].copy_(values[name])
 
-    def make_room(self: Any, adapter: str) -> None:
-        """Gives storage to the frozen slots that have none: what a compact checkpoint leaves out, no file brings."""
-        holder = self.peft_kasa_frozen[adapter]
-        for name, value in holder.named_parameters():
-            if value.is_meta:
-                empty = torch.full(value.shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
-                holder.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    def anchors(self: Any, adapter: str) -> dict[str, Tensor]:
+        """What a compact checkpoint holds of the adapter's frames."""
+        return anchors.anchors(self.slots(adapter), self.learnt(adapter))
+
+    def _rebuild(self: Any, adapter: str) -> None:
+        saved = {name: value for name, value in self.slots(adapter).items() if name.startswith(anchors.PREFIX)}
+        for name, value in self.frames(adapter, saved, Engine()).items():
+            value = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # not a view of W
+            self.peft_kasa_frozen[adapter].register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def remember(self: Any, adapter: str) -> None:
+        """Notes what the adapter starts from, to tell later whether it has been trained."""
+        known = self.adapters[adapter]
+        known.awaiting, known.began = False, self._state(adapter)
+
+    def has_moved(self: Any, adapter: str) -> bool:
+        """Whether the adapter has values that are not its start's: it was trained, or came from a file."""
+        known = self.adapters[adapter]
+        return not known.awaiting and known.began != self._state(adapter)
+
+    def _state(self: Any, adapter: str) -> str:
+        return repr([checksum(value) for value in self.peft_kasa_learnt[adapter].parameters()])
 
     def settle(self: Any, adapter: str) -> None:
         """Makes sure that the adapter has values: a file's, checked, or else its method's start.
@@ -116,7 +143,7 @@ class Filling:
         if checkpoint.arrived(self, adapter):
             slots = self.slots(adapter)
             if any(torch.isnan(slots[name]).any() for name in checkpoint.left_out(self, adapter)):
-                self.rebuild(adapter, Engine())
+                self._rebuild(adapter)
             known.awaiting = False
         elif known.uncalibrated:
             raise ValueError(
@@ -140,7 +167,25 @@ class Filling:
         return self.base_layer.weight.is_meta or any(value.is_meta for value in self.slots(adapter).values())
 
     def _computed(self: Any, adapter: str, engine: Engine) -> dict[str, Tensor]:
-        """The slots of the start at the base weight, and the fingerprint of that."""
+        """The slots of the start at the base weight, and the fingerprint of that.
+
+        What is left out of a checkpoint starts from a 4-bit weight as repacked, so that it comes out the same from a
+        base that was evaluated before and from one that was not.
+        """
+        weight, repacked = self._intact(adapter), self.base.matrix(as_repacked=True)
+        fingerprint = sketch(repacked)
+        if checkpoint.left_out(self, adapter):
+            weight = repacked
+        self._check_statistics(adapter, fingerprint)
+        return slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
+
+    def _check_statistics(self: Any, adapter: str, fingerprint: Tensor) -> None:
+        config = self.adapters[adapter].config
+        if config.statistics is not None and config.needs:
+            located(config.statistics).check(self.name, config.needs, fingerprint)
+
+    def _intact(self: Any, adapter: str) -> Tensor:
+        """The base weight, which has to be there and finite."""
         weight = self.base.matrix()
         if weight.is_meta:
             raise ValueError(
@@ -149,11 +194,7 @@ class Filling:
             )
         if not torch.isfinite(torch.linalg.vector_norm(weight)) and (bad := int((~torch.isfinite(weight)).sum())):
             raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
-        fingerprint = sketch(self.base.matrix(as_repacked=True))
-        config = self.adapters[adapter].config
-        if config.statistics is not None and config.needs:
-            located(config.statistics).check(self.name, config.needs, fingerprint)
-        return slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
+        return weight
 
     def _generator(self: Any, adapter: str, use: str = "") -> torch.Generator:
         seed = self.adapters[adapter].config.seed
@@ -167,6 +208,16 @@ class Filling:
             known.config.statistics = located(known.config.statistics)
             evidence, sequences = known.config.statistics.evidence(self.name), known.config.statistics.seen
         return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence, sequences)
+
+    @torch.no_grad()
+    def shares(self: Any, adapter: str, k: int, engine: Engine) -> Tensor:
+        """What each of the k largest triples of the start's source holds of the whole, (k,): for `rank_budget`."""
+        self._check_statistics(adapter, sketch(self.base.matrix(as_repacked=True)))
+        site = self.site(adapter, self._intact(adapter), engine)
+        try:
+            return self.adapters[adapter].config.shares(site, k)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     def _start(self: Any, adapter: str, weight: Tensor, engine: Engine) -> Start:
         try:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from ..peft_type import PREFIX
 from ..spectral import Engine
 from ..spectral.checksum import checksum
 from ..spectral.covariance import Covariance
 from ..spectral.sweep import Job, sweep
+from .anchors import PREFIX as ANCHOR
 from .base_weight import guard
+from .checkpoint import left_out
 from .layer import SpectralLinear
 
 
@@ -36,24 +40,38 @@ def layers_of(model: nn.Module, adapter: str) -> Iterator[SpectralLinear]:
 
 def begin(layers: list[SpectralLinear], adapter: str) -> None:
     """Runs the method's start in each layer: several at a time, shared between ranks, behind a progress bar."""
-    _sweep(layers, adapter, SpectralLinear.begin, "decomposing")
-    for layer in layers:
-        layer.adapters[adapter].awaiting = False  # those that another rank computed too
-
-
-def rebuild(layers: list[SpectralLinear], adapter: str) -> None:
-    """Computes what a compact checkpoint leaves out in each layer, likewise. The anchors have their values by now."""
-    _sweep(layers, adapter, SpectralLinear.rebuild, "computing frames")
-
-
-def _sweep(layers: list[SpectralLinear], adapter: str, work: Callable[..., None], title: str) -> None:
     engine = Engine()
     method = layers[0].adapters[adapter].config.name if layers else ""
     jobs = [
-        job(layer, adapter, partial(work, layer, adapter, engine), list(layer.slots(adapter).values()))
+        job(layer, adapter, partial(layer.begin, adapter, engine), list(layer.slots(adapter).values()))
         for layer in layers
     ]
-    sweep(jobs, f"{method}: {title}")
+    sweep(jobs, f"{method}: decomposing")
+    for layer in layers:
+        layer.remember(adapter)  # those that another rank computed too
+
+
+def frames(layers: dict[str, SpectralLinear], adapter: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a compact checkpoint leaves out, by the keys it would have there, likewise. No layer is changed."""
+    engine, jobs = Engine(), []
+    found: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        key = f"{path}.{PREFIX}frozen.{adapter}."
+        saved = {name.removeprefix(key): value for name, value in state.items() if name.startswith(key + ANCHOR)}
+        shapes = {slot: layer.slots(adapter)[slot].shape for slot in left_out(layer, adapter)}
+        device = layer.base_layer.weight.device
+        own = {slot: torch.empty(shape, dtype=torch.float32, device=device) for slot, shape in shapes.items()}
+        found |= {key + slot: value for slot, value in own.items()}
+        jobs.append(job(layer, adapter, partial(_copy_frames, layer, adapter, saved, engine, own), list(own.values())))
+    sweep(jobs, "computing frames")
+    return found
+
+
+def _copy_frames(
+    layer: SpectralLinear, adapter: str, saved: dict[str, Tensor], engine: Engine, into: dict[str, Tensor]
+) -> None:
+    for slot, value in layer.frames(adapter, saved, engine).items():
+        into[slot].copy_(value)
 
 
 def job(layer: SpectralLinear, adapter: str, work: Callable[[], None], results: list[Tensor]) -> Job:

@@ -140,9 +140,7 @@ class Statistics:
                 f"{path} is of a calibration that was interrupted after {about.seen} sequences. Call calibrate with "
                 "this `path` again: it goes on from there."
             )
-        found = cls(about, {})
-        found._values, found._index, found._path = None, index, os.path.abspath(path)
-        return found
+        return _in_file(about, index, os.path.abspath(path))
 
     @classmethod
     def joined(cls, parts: Sequence[Statistics]) -> Statistics:
@@ -188,7 +186,7 @@ class Statistics:
 
     def __reduce__(self) -> tuple[Callable[..., Statistics], tuple[Any, ...]]:
         if self._path:
-            return Statistics.load, (self._path, True)
+            return _in_file, (self._about, self._index, self._path)  # the file may be gone: only a start reads it
         return Statistics, (self._about, dict(self._values or {}), self._freed)
 
     def __repr__(self) -> str:
@@ -196,6 +194,12 @@ class Statistics:
         shared = f" in {groups} groups" if self.kind != "gradients" else ""
         rest = f"{self.seen} sequence{'s' * (self.seen != 1)}{'' if self._about.complete else ', interrupted'}"
         return f"Statistics({self.kind} of {count} modules{shared}, {rest}{', freed' if self._freed else ''})"
+
+
+def _in_file(about: About, index: dict[str, int], path: str) -> Statistics:
+    found = Statistics(about, {})
+    found._values, found._index, found._path = None, index, path
+    return found
 
 
 class _Joined(Mapping[str, Value]):

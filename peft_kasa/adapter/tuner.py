@@ -7,7 +7,6 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
@@ -17,11 +16,11 @@ from ..peft_type import PREFIX
 from . import checkpoint
 from .anchors import PREFIX as ANCHOR
 from .base_weight import guard, unsupported
-from .budget import start
+from .budget import adopt, start
 from .fingerprint import FINGERPRINT
 from .layer import SpectralLinear
 from .slots import CUT, LEARNABLE
-from .starting import all_layers, layers_of, named_layers, rebuild, settle, withdraw
+from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +104,13 @@ class SpectralModel(BaseTuner):
         settle(model, [adapter_name])
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for path, layer in named_layers(model, adapter_name):
+            frozen = f"{path}.{PREFIX}frozen.{adapter_name}."
+            for key in [key for key in state if key.startswith(frozen + ANCHOR)]:
+                del state[key]
+            if not config.keeps_frames:
+                state |= {frozen + slot: value for slot, value in layer.anchors(adapter_name).items()}
             for slot in checkpoint.left_out(layer, adapter_name):
-                del state[f"{path}.{PREFIX}frozen.{adapter_name}.{slot}"]
+                del state[frozen + slot]
         return state
 
     @classmethod
@@ -114,16 +118,21 @@ class SpectralModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        adopt(model, adapter_name, mapped)
+        layers = dict(named_layers(model, adapter_name))
+        if config.keeps_frames:  # a file may have more than is needed
+            mapped = {key: value for key, value in mapped.items() if f"frozen.{adapter_name}.{ANCHOR}" not in key}
         try:
             checkpoint.check(model, adapter_name, mapped)
+            if not config.keeps_frames and not any(layer.base_layer.weight.is_meta for layer in layers.values()):
+                mapped |= frames(layers, adapter_name, mapped)
         except ValueError:
-            if any(layer.adapters[adapter_name].awaiting for layer in layers_of(model, adapter_name)):
+            if any(layer.adapters[adapter_name].awaiting for layer in layers.values()):
                 withdraw(model, adapter_name)
             raise
-        if not config.keeps_frames:
-            _rebuild(model, adapter_name, mapped)
-        for layer in layers_of(model, adapter_name):
-            layer.adapters[adapter_name].awaiting = layer.on_meta(adapter_name)  # checked at first use then
+        for layer in layers.values():
+            known = layer.adapters[adapter_name]
+            known.awaiting, known.began = layer.on_meta(adapter_name), ""  # checked at first use then
         return mapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -157,27 +166,6 @@ class SpectralModel(BaseTuner):
 
     def __repr__(self) -> str:
         return f"SpectralModel({self.model!r})"
-
-
-@torch.no_grad()
-def _rebuild(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
-    """Adds to the state dict of a compact checkpoint what that leaves out, as its anchors want it."""
-    named = list(named_layers(model, adapter))
-    if any(layer.base_layer.weight.is_meta for _, layer in named):
-        return  # at first use then
-    for path, layer in named:
-        layer.make_room(adapter)
-        for slot, value in layer.slots(adapter).items():
-            if slot.startswith(ANCHOR):
-                value.copy_(state[f"{path}.{PREFIX}frozen.{adapter}.{slot}"])
-    try:
-        rebuild([layer for _, layer in named], adapter)
-    except ValueError:
-        withdraw(model, adapter)
-        raise
-    for path, layer in named:
-        for slot in checkpoint.left_out(layer, adapter):
-            state[f"{path}.{PREFIX}frozen.{adapter}.{slot}"] = layer.slots(adapter)[slot].detach()
 
 
 def _check_name(adapter: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -98,6 +100,16 @@ def calibrate(
     path = "" if path is None else os.fspath(path)
     bounded = memory is not None or config.needs == "gradients"
     streamed = bounded and (path or layers) and config.rank_budget is None
+    if (
+        config.needs == "gradients"
+        and not streamed
+        and (held := sum(4 * math.prod(_shape(module)) for module in modules.values())) > MEMORY
+    ):
+        warnings.warn(
+            f"All mean gradients are held at once: {held / 1e9:.1f} GB. With `path`, or on an adapter that is there "
+            "already, and without a rank_budget, they are streamed.",
+            stacklevel=2,
+        )
     groups = _groups(modules, memory or MEMORY, config.needs) if streamed else [list(modules)]
     work = _Work(task, modules, _sketches(modules), path)
     before = config.statistics
@@ -176,9 +188,10 @@ def _subject(model: nn.Module, adapter: str | SpectralConfig) -> tuple[SpectralC
         raise ValueError(
             f"{config.name} starts from the weights alone, so there is nothing to calibrate. Found {config!r}."
         )
-    if any(layer.adapters[str(adapter)].trained for layer in layers):
+    if any(layer.has_moved(str(adapter)) for layer in layers):
         raise ValueError(
-            f"Adapter {adapter!r} has been trained, and calibrating would start it afresh. Add another for that."
+            f"Adapter {adapter!r} has been trained, or came from a file, and calibrating would start it afresh. Add "
+            "another for that."
         )
     return config, layers
 
@@ -187,7 +200,7 @@ def _begin(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> None
     if layers[0].adapters[adapter].config.rank_budget is None:
         begin(layers, adapter)
     else:  # chooses ranks first, over all modules
-        start(model, adapter)
+        start(model, adapter, again=True)
 
 
 def _groups(modules: Mapping[str, nn.Module], memory: int, kind: Needs) -> list[list[str]]:

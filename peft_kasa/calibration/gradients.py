@@ -81,7 +81,7 @@ class Gradients:
         torch.set_grad_enabled(True)  # until `take` leaves its no_grad
         self._called.add(name)
         if output.requires_grad:
-            output.register_hook(partial(self._add, name, x.detach()))
+            output.register_hook(partial(self._add, name, x.detach(), x._version))
             return output
         if x.requires_grad:
             raise ValueError(
@@ -89,12 +89,16 @@ class Gradients:
                 "8 bits."
             )
         start = output.detach().requires_grad_()
-        start.register_hook(partial(self._add, name, x.detach()))
+        start.register_hook(partial(self._add, name, x.detach(), x._version))
         return start.clone()  # what comes next may write to it
 
     @torch.no_grad()
-    def _add(self, name: str, x: Tensor, dy: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
         self._reached.add(name)
+        if x._version != version:
+            raise ValueError(
+                f"{name}: its input is written to after it is used, so its gradient is lost. Leave it out."
+            )
         m, n = dy.shape[-1], x.shape[-1]
         with exact_products(x.device.type):
             gradient = dy.reshape(-1, m).float().T @ x.reshape(-1, n).float()

@@ -130,6 +130,8 @@ class _Run:
 
     def _take(self, batch: Batch, stack: ExitStack) -> None:
         if self.collector is None:
+            if self.path and self.found and set(self.found.about.targets) > set(self.modules):
+                self._refuse("it is of more modules than this call collects, and going on would lose them")
             known = {name: self.found.total(name) for name in self.modules if self.found and name in self.found.names}
             self.collector = self.task.collector(self.modules, known)
             stack.enter_context(undisturbed(self.task.model))

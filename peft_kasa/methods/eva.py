@@ -39,4 +39,4 @@ class EVAConfig(SpectralConfig):
         return Start(LowRank(site.zeros(m, r), site.ones(r), site.axes(r, centred=True)), ("left", "right"))
 
     def scale(self, rank: int, alpha: float | None) -> float:
-        return super().scale(rank if self.rank_budget is None else self.r or rank, alpha)
+        return super().scale(self.r or rank, alpha)
