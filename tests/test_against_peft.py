@@ -1,4 +1,4 @@
-"""CorDA, EVA and LoRA-XS against PEFT's own (EVA and CorDA of its LoRA, PSOFT without its constraints), on the stack."""
+"""CorDA, EVA and LoRA-XS against PEFT's own (PSOFT without its constraints is LoRA-XS), on the stack."""
 
 from __future__ import annotations
 

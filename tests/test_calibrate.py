@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 from bases import load, logits, move
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from peft_kasa import CorDAConfig, EVAConfig, LoRAOneConfig, LoRASBConfig, PiSSAConfig, calibrate
-from peft_kasa.calibration import passes
 from peft_kasa.adapter.base_weight import BaseWeight
 from peft_kasa.adapter.statistics import Statistics
+from peft_kasa.calibration import passes
 from peft_kasa.calibration.batches import batches
 from peft_kasa.calibration.targets import targets
 
@@ -447,13 +447,34 @@ def test_what_cannot_be_calibrated_says_why(tiny: str) -> None:
         calibrate(load(tiny), ROWS, EVAConfig(**ALL), samples=0)
 
 
-def test_a_trained_adapter_is_not_started_afresh(tiny: str) -> None:
-    model = get_peft_model(load(tiny), EVAConfig(**ALL))
+def test_a_trained_adapter_is_not_started_afresh(tiny: str, tmp_path: Path) -> None:
+    model = get_peft_model(load(tiny), CorDAConfig(**ALL))
     calibrate(model, ROWS)
     calibrate(model, ROWS[:3])
-    model.train()(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
-    with pytest.raises(ValueError, match="has been trained"):
-        calibrate(model, ROWS)
+    fresh = copy.deepcopy(model)
+    move(model)
+    model.save_pretrained(str(tmp_path))
+    reloaded = PeftModel.from_pretrained(load(tiny), str(tmp_path))
+    for trained in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), reloaded):
+        expected = logits(trained)
+        with pytest.raises(ValueError, match="has been trained, or came from a file"):
+            calibrate(trained, ROWS)
+        assert torch.equal(logits(trained), expected)
+    calibrate(fresh, ROWS)
+
+
+def test_ranks_are_chosen_anew_unless_modules_were_left_out(tiny: str) -> None:
+    few = get_peft_model(load(tiny), EVAConfig(**ALL))
+    calibrate(few, ROWS)
+    with pytest.raises(ValueError, match=r"were chosen before, and \d+ modules left out"):
+        calibrate(few, ROWS[:3])
+    again = get_peft_model(load(tiny), EVAConfig(**ALL, rank_budget=0.9))  # leaves none out
+    calibrate(again, ROWS[:3])
+    calibrate(again, ROWS)
+    once = get_peft_model(load(tiny), EVAConfig(**ALL, rank_budget=0.9))
+    calibrate(once, ROWS)
+    assert again.peft_config["default"].rank_pattern == once.peft_config["default"].rank_pattern
+    assert torch.equal(logits(again), logits(once))
 
 
 # Interruptions and files ----------------------------------------------------------------------------------------

@@ -625,3 +625,43 @@ def test_svf_keeps_one_frame_of_two(form: str) -> None:
         for config in (SVFConfig(target_modules=["0"], form=form), SVFTConfig(target_modules=["0"]))
     ]
     assert sizes[0] / sizes[1] == pytest.approx(0.5, abs=0.03)
+
+
+# Over an adapter that is there, and after a cast ---------------------------------------------------------------
+
+each_framed = pytest.mark.parametrize("member", [member for member in FREE if member.name != "nlora"], ids=str)
+
+
+@each_framed
+def test_a_refused_file_leaves_the_trained_adapter_it_was_to_replace(member: Member, tmp_path: Path) -> None:
+    model, folder = saved(member, stack(), tmp_path)
+    expected = output(model)
+    change(folder, lambda tensors: [value.add_(1) for key, value in tensors.items() if "anchor_" in key])
+    with pytest.raises(ValueError, match=r"computed again"):
+        model.load_adapter(folder, "default")
+    assert torch.equal(output(model), expected)
+
+
+@each_framed
+def test_save_frames_may_be_switched_after_training(member: Member, tmp_path: Path) -> None:
+    model, _ = saved(member, stack(), tmp_path / "compact")
+    expected = output(model)
+    for flag in (True, False, True):
+        model.peft_config["default"].save_frames = flag
+        model.save_pretrained(str(tmp_path / str(flag)))
+        again = PeftModel.from_pretrained(stack(), str(tmp_path / str(flag)))
+        assert torch.equal(output(again), expected)
+        assert any("anchor_" in slot for slot in slots_in(str(tmp_path / str(flag)))) != flag
+        model = again
+
+
+@each_member
+def test_a_cast_of_the_model_loses_nothing_of_the_adapter(member: Member, tmp_path: Path) -> None:
+    base = stack().bfloat16()
+    model, folder = saved(member, base, tmp_path)
+    for layer in layers_of(model.bfloat16()):
+        assert {value.dtype for value in layer.slots("default").values()} == {torch.float32}
+    model.save_pretrained(folder)
+    again = PeftModel.from_pretrained(stack().bfloat16(), folder).bfloat16()
+    again.load_adapter(folder, "default")
+    assert same_slots(again, model)

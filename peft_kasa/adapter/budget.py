@@ -119,8 +119,9 @@ def _shares(layers: list[SpectralLinear], adapter: str) -> dict[str, Tensor]:
     config, engine = layers[0].adapters[adapter].config, Engine()
     found, jobs = {}, []
     for layer in layers:
-        most = math.floor(config.rank_spread * layer.adapters[adapter].rank)
-        found[layer.name] = torch.zeros(min(most, layer.out_features, layer.in_features), dtype=torch.float64)
+        size = min(layer.out_features, layer.in_features)
+        most = min(math.floor(config.rank_spread * (config.r or size)), size)
+        found[layer.name] = torch.zeros(most, dtype=torch.float64)
         work = partial(_measure, layer, adapter, engine, found[layer.name])
         jobs.append(job(layer, adapter, work, [found[layer.name]]))
     sweep(jobs, f"{config.name}: choosing ranks")

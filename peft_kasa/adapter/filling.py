@@ -47,7 +47,11 @@ class Holder(nn.Module):
     would lose what they are for."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Holder:
-        return super()._apply(lambda value: fn(value).to(value.dtype), recurse)
+        def moved(value: Tensor) -> Tensor:
+            made = fn(value)
+            return made if made.dtype == value.dtype else value.to(made.device)  # not rounded and widened again
+
+        return super()._apply(moved, recurse)
 
 
 class Filling:
