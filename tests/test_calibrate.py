@@ -7,11 +7,12 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from bases import load, logits, move
+from bases import load, logits, move, stack
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -825,3 +826,50 @@ def test_texts_on_a_real_model() -> None:
         tokenizer=tokenizer,
     )
     assert len(steps.names) == model.config.num_hidden_layers
+
+
+def test_a_run_that_goes_on_takes_its_ranks_from_the_file(tiny: str, tmp_path: Path) -> None:
+    """A trainer that resumes makes the adapter from the script's config, uncalibrated, and loads the file into it."""
+    model = get_peft_model(load(tiny), EVAConfig(**ALL))
+    calibrate(model, ROWS)
+    move(model)
+    model.save_pretrained(str(tmp_path))
+    ranks = model.peft_config["default"].rank_pattern
+    assert len(ranks) < 14
+    again = get_peft_model(load(tiny), EVAConfig(**ALL))
+    again.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert again.peft_config["default"].rank_pattern == ranks
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_file_of_more_modules_is_not_gone_on_with_for_fewer(tmp_path: Path) -> None:
+    path, data = tmp_path / "s", [{"input": torch.randn(1, 8, 24)} for _ in range(8)]
+    calibrate(stack(), data, CorDAConfig(target_modules=["0", "2"]), path=path, samples=4)
+    with pytest.raises(ValueError, match="going on would lose them"):
+        calibrate(stack(), data, CorDAConfig(target_modules=["0"]), path=path, samples=8)
+    assert set(Statistics.load(path).names) == {"0", "2"}
+
+
+def test_statistics_are_unpickled_without_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    model = get_peft_model(stack(), CorDAConfig(r=2, target_modules=["0", "2"]))
+    calibrate(model, [{"input": torch.randn(1, 8, 24)}], path=path)
+    pickled = pickle.dumps(model)
+    path.unlink()
+    x = torch.randn(3, 24)
+    assert torch.equal(pickle.loads(pickled)(x), model(x))
+
+
+def test_an_input_that_is_written_to_later_is_noticed() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, input: Tensor) -> SimpleNamespace:
+            h = self.a(input)
+            h += self.b(h)
+            return SimpleNamespace(loss=h.square().mean())
+
+    with pytest.raises(ValueError, match="b: its input is written to after it is used"):
+        calibrate(Residual(), [{"input": torch.randn(1, 3, 4)}], LoRAOneConfig(r=2, target_modules=["a", "b"]))
