@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from bases import load, logits, move, steps
+from bases import load, logits, move, stack, steps
 from members import MEMBERS, Member
 from peft import (
     PeftModel,
@@ -151,12 +151,11 @@ def test_default_targets_and_modules_to_save(member: Member, tiny: str, tmp_path
 
 @each_member
 def test_conv1d_keeps_its_transposed_weight(member: Member) -> None:
-    torch.manual_seed(0)
-    linear, conv = nn.Linear(12, 10), Conv1D(10, 12)
+    linear, conv = stack()[0], Conv1D(12, 24)
     with torch.no_grad():
         conv.weight.copy_(linear.weight.T)
         conv.bias.copy_(linear.bias)
-    x = torch.randn(3, 12)
+    x = torch.randn(3, 24)
     one, two = (get_peft_model(nn.Sequential(layer), member.config(target_modules=["0"])) for layer in (linear, conv))
     for model in (one, two):
         move(model)

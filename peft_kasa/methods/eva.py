@@ -20,7 +20,8 @@ class EVAConfig(SpectralConfig):
     Args:
         rank_budget: "variance" by default: modules whose inputs have more of their variance in few axes give up ranks.
         rank_spread: the paper's rho: no module gets more than rho r. Default 2.
-        alpha: s = alpha / r with the r of the config, whatever rank a module is given, as PEFT adjusts it.
+        alpha: s = alpha / r with the r of the config, whatever rank the budget gives a module, as PEFT adjusts it. With
+            ranks that are given (`rank_budget=None`, or a dictionary), s = alpha / rank of each.
 
     Example:
         >>> from peft_kasa import EVAConfig
@@ -39,4 +40,4 @@ class EVAConfig(SpectralConfig):
         return Start(LowRank(site.zeros(m, r), site.ones(r), site.axes(r, centred=True)), ("left", "right"))
 
     def scale(self, rank: int, alpha: float | None) -> float:
-        return super().scale(self.r or rank, alpha)
+        return super().scale(rank if self.rank_budget is None else self.r or rank, alpha)
