@@ -103,7 +103,7 @@ MEMBERS = [
     Member("lora_null", LoRANullConfig, True, 2, FACTORS),
     Member("eva", EVAConfig, True, 1, FACTORS, defaults={"rank_budget": None}),
     Member("lora_sb", LoRASBConfig, False, 1, CORE, square, rate=0.1),
-    Member("lora_one", LoRAOneConfig, False, 1, FACTORS, defaults={"alpha": None, "use_rslora": False}),
+    Member("lora_one", LoRAOneConfig, False, 1, FACTORS),
 ]
 
 VARIANTS = [  # what else a config can be: against the papers, and the contract on one base

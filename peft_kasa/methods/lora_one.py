@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..spectral.sources import first_step
@@ -19,12 +20,11 @@ class LoRAOneConfig(SpectralConfig):
 
     Args:
         gamma: how small the start is. Default 128, as in the reference code.
-        alpha, use_rslora: s = alpha / sqrt(r) with alpha = 16 by default, as in the paper's runs.
+        alpha: None is s = 16 / sqrt(r), as in the paper's runs (rank-stabilised, alpha = 16).
 
     Example:
         >>> from peft_kasa import LoRAOneConfig
-        >>> config = LoRAOneConfig(r=4)
-        >>> config.scale(4, config.alpha)
+        >>> LoRAOneConfig(r=4).scale(4, None)
         8.0
     """
 
@@ -32,14 +32,15 @@ class LoRAOneConfig(SpectralConfig):
     source = "-gradient, largest triples"
     needs = "gradients"
 
-    alpha: float | None = 16
-    use_rslora: bool = True
     gamma: float = 128.0
 
     def start(self, site: Site) -> Start:
         cut = site.svd(site.rank, of=first_step(site.gradient, "plain"))
         relative = cut.s / cut.s[:1].clamp_min(1e-30)
         return Start(cut._replace(s=relative / self.gamma).balanced(), ("left", "right"))
+
+    def scale(self, rank: int, alpha: float | None) -> float:
+        return 16 / math.sqrt(rank) if alpha is None else super().scale(rank, alpha)
 
     def _check(self) -> None:
         super()._check()

@@ -33,7 +33,7 @@ class SpectralConfig(PeftConfig):
 
     Args:
         r: the rank k of `trained`, 1 <= r <= min(m, n) of each target. None: min(m, n).
-        alpha: the update is scaled by s = alpha / r. None: the method's own scale, whatever the rank.
+        alpha: the update is scaled by s = alpha / r. None: the method's own scale.
         use_rslora: s = alpha / sqrt(r) instead (arXiv:2312.03732).
         dropout: probability of dropping an input of the update, 0 <= dropout < 1. What leaves the base is not dropped,
             unless it is the start: then the model still begins exactly at the base model.
