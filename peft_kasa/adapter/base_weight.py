@@ -43,7 +43,7 @@ class BaseWeight:
         return weight.T if self.transposed else weight
 
     def apply(self, x: Tensor) -> Tensor:
-        """W x, without the bias, with W as `matrix` reads it: products of quantised layers round, or quantise x too."""
+        """W x, without the bias, W as it reads back after repacking: quantised layers round products, or quantise x."""
         if self.backend is not None:
             return _Apply.apply(x, self)
         weight: Any = self.layer.weight
@@ -118,11 +118,11 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: BaseWeight) -> Tensor:  # type: ignore[override]
         ctx.base = base
-        return F.linear(x, base.matrix().to(x.dtype))
+        return F.linear(x, base.matrix(as_repacked=True).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient @ ctx.base.matrix().to(gradient.dtype), None
+        return gradient @ ctx.base.matrix(as_repacked=True).to(gradient.dtype), None
 
 
 # The scales of 4-bit weights from before any repacking, with the weight they belong to.

@@ -52,8 +52,8 @@ class Merging:
     def original(self: Any) -> Tensor:
         """The base weight (m, n) in float32 without what is merged into it."""
         if not (names := list(self.merged_adapters)):
-            return self.base.matrix()
+            return self.base.matrix(as_repacked=True)
         self.unmerge()
-        weight = self.base.matrix().clone()
+        weight = self.base.matrix(as_repacked=True).clone()
         self.merge(adapter_names=names)
         return weight
