@@ -93,7 +93,6 @@ class Filling:
             if noise is not None and name in learnt:
                 sample = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 parameter.add_(sample.normal_(0, 0.05, generator=noise).to(parameter.device))
-        self.remember(adapter)
 
     @torch.no_grad()
     def frames(self: Any, adapter: str, saved: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
@@ -161,6 +160,7 @@ class Filling:
             )
         else:
             self.begin(adapter, Engine())
+            self.remember(adapter)
 
     def learnt(self: Any, adapter: str) -> set[str]:
         """The names of the adapter's slots that learn."""
@@ -176,10 +176,8 @@ class Filling:
         What is left out of a checkpoint starts from a 4-bit weight as repacked, so that it comes out the same from a
         base that was evaluated before and from one that was not.
         """
-        weight, repacked = self._intact(adapter), self.base.matrix(as_repacked=True)
-        fingerprint = sketch(repacked)
-        if checkpoint.left_out(self, adapter):
-            weight = repacked
+        weight = self._intact(adapter, as_repacked=bool(checkpoint.left_out(self, adapter)))
+        fingerprint = sketch(self.base.matrix(as_repacked=True))
         self._check_statistics(adapter, fingerprint)
         return slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
 
@@ -188,9 +186,9 @@ class Filling:
         if config.statistics is not None and config.needs:
             located(config.statistics).check(self.name, config.needs, fingerprint)
 
-    def _intact(self: Any, adapter: str) -> Tensor:
+    def _intact(self: Any, adapter: str, as_repacked: bool = False) -> Tensor:
         """The base weight, which has to be there and finite."""
-        weight = self.base.matrix()
+        weight = self.base.matrix(as_repacked)
         if weight.is_meta:
             raise ValueError(
                 f"{self.name}: the base weight is on the meta device (offloaded, or not loaded yet), so {adapter!r} "
