@@ -4,7 +4,7 @@ Each learns to turn an order into a record (orders.py) in a short loop of AdamW,
 learns, the checkpoint, the start, a step, the memory, and what was learnt: the loss and the share of held-out orders
 that are right to the last token (teacher-forced, so the answers need no generation), and the loss on other text.
 
-    python examples/compare_methods.py                                 # 35 to 40 minutes on two quiet CPU cores
+    python examples/compare_methods.py                                 # about an hour on two quiet CPU cores
     python examples/compare_methods.py --methods kasa lora --seeds 0   # some of it; what is measured already stays
     python examples/compare_methods.py --report                        # the table and the plot again, no run
 
@@ -40,7 +40,7 @@ import torch
 from base_model import cache_home, smollm2
 from compare_report import report
 from contenders import METHODS, Method
-from measured import machine, versions
+from measured import commit, machine, versions
 from orders import Order, orders
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ DTYPE = torch.bfloat16
 HELD_OUT, VALIDATION, CALIBRATION, GENERAL = 32, 8, 64, 8  # rows
 RATE_SEED, CALIBRATION_SEED, HELD_OUT_SEED = 1000, 2000, 0
 LONGEST = 64  # tokens of general text
+WIDER = 3  # learning rates beyond the first three, where one at the edge is the best
 IDLE = "idle"  # an adapter that keeps the base wrapped
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 
@@ -102,12 +103,13 @@ class Book:
             "batch_size": args.batch_size,
             "rate_steps": args.rate_steps,
             "rate_seed": RATE_SEED,
+            "wider": WIDER,
             "held_out": HELD_OUT,
             "calibration": CALIBRATION,
             "base": "SmolLM2-135M-Instruct",
             "dtype": str(DTYPE).removeprefix("torch."),
         }
-        empty: dict[str, Any] = {"machine": machine(), "versions": versions(), "settings": settings}
+        empty: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit(), "settings": settings}
         empty |= {"base": {}, "calibration": {}, "rates": {}, "starts": {}, "runs": [], "failed": {}}
         self.data = json.loads(self.file.read_text()) if self.file.is_file() else empty
         if self.data["settings"] != settings and not args.report:
@@ -234,15 +236,22 @@ class Bench:
             self.family.requires_grad_(False)
 
     def choose_rate(self, method: Method, seed: int, model: Any) -> None:
-        """Some steps with each rate from the same start; the least loss on orders of their own."""
+        """Some steps with each rate from the same start; the least loss on orders of their own.
+
+        Where the least or the greatest rate wins, the next one beyond it is tried too, up to WIDER times.
+        """
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in learning]
-        found = {}
-        for rate in method.rates:
+        found: dict[float, float] = {}
+        open_rates = list(method.rates)
+        while open_rates:
             restore(learning, start)
+            rate = open_rates.pop(0)
             self.train(model, self.batches(seed, self.args.rate_steps), rate)
             loss = self.answers(model, self.validation)["loss"]
             found[rate] = loss if math.isfinite(loss) else 1e9
+            if not open_rates and len(found) < len(method.rates) + WIDER:
+                open_rates = beyond(found)
         chosen = min(found, key=found.__getitem__)
         losses = {f"{rate:g}": loss for rate, loss in found.items()}
         self.book.data["rates"][method.name] = {"losses": losses, "chosen": chosen}
@@ -352,6 +361,13 @@ class Bench:
         self.book.data["base_untouched"] = same
         self.book.save()
         self.say(f"base weights are {'the same, bit for bit' if same else 'OTHERS THAN BEFORE'}")
+
+
+def beyond(found: dict[float, float]) -> list[float]:
+    """The rate to try next, three times beyond the best one if that is the least or the greatest; else none."""
+    best = min(found, key=found.__getitem__)
+    factor = {min(found): 1 / 3, max(found): 3.0}.get(best)
+    return [] if factor is None else [float(f"{best * factor:.2g}")]
 
 
 def cosine(done: int, steps: int) -> float:

@@ -89,7 +89,8 @@ class Line:
     @property
     def at_edge(self) -> bool:
         """Whether the best of its learning rates was the least or the greatest."""
-        return self.rates["chosen"] in (self.method.rates[0], self.method.rates[-1])
+        tried = [float(rate) for rate in self.rates["losses"]]
+        return self.rates["chosen"] in (min(tried), max(tried))
 
 
 def report(data: dict[str, Any], folder: Path, plot: bool = False) -> None:
@@ -140,13 +141,12 @@ def head(data: dict[str, Any], lines: list[Line]) -> list[str]:
         f"text {base['general_loss']:.2f}.",
         f"**The learning rate** of each method, PEFT's own included, is the best of three (a middle one, a third of it "
         f"and three times it) after {of['rate_steps']} steps with a seed that is not reported, by the loss on other "
-        "orders. The same small budget for all: more tuning would help those whose middle was badly guessed. "
-        "Two middles were moved after a first look showed them far off, IntTune's (5e-3) and that of NLoRA with the "
-        "pseudo-inverse (1e-3); no other method had such a second try.",
+        f"orders; where the least or the greatest won, up to {of['wider']} more beyond it were tried, each a factor of "
+        "three further. The same rule for all.",
         f"{one_base} PEFT's LoRA, DoRA and PiSSA each had a base loaded afresh.",
         f"**The machine:** {machine['cores']} shared cores ({card}), other work beside: wall times are what they were, "
         "medians; CPU seconds (both cores together) tell more. "
-        f"{versions}.",
+        f"{versions}, commit {data['commit']}.",
     ]
 
 
@@ -182,7 +182,7 @@ def losses(data: dict[str, Any], lines: list[Line]) -> list[str]:
     edge = [line for line in lines if line.at_edge]
     if edge:
         points.append(
-            "The best learning rate was at the edge of the three, so a wider search might do better: "
+            "The best learning rate was the least or the greatest tried, so a wider search might do better: "
             f"{named(edge, lambda line: format(line.rates['chosen'], 'g'))}."
         )
     mine, theirs = (next((x for x in lines if x.method.name == name), None) for name in ("pissa", "peft_pissa"))

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -162,6 +163,16 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         known["card"] = torch.cuda.get_device_name()
     return known
+
+
+def commit() -> str:
+    """The commit that the working tree is at, "+" after it if the tree differs; "unknown" outside of git."""
+    here = Path(__file__).resolve().parent
+    found = [
+        subprocess.run(["git", *asked], cwd=here, capture_output=True, text=True, check=False)
+        for asked in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    ]
+    return found[0].stdout.strip() + ("+" if found[1].stdout.strip() else "") or "unknown"
 
 
 def versions() -> dict[str, str]:
