@@ -74,7 +74,7 @@ def stream(batches: list[Tensor], **given: Any) -> Covariance:
 
 
 def same(a: Covariance, b: Covariance, rtol: float = 1e-6) -> bool:
-    pairs = ((a.mean, b.mean), (a.scatter, b.scatter))
+    pairs = ((a.mean, b.mean), (a.triangle.packed(), b.triangle.packed()))
     return math.isclose(a.count, b.count) and all(torch.allclose(x, y, rtol=rtol, atol=rtol) for x, y in pairs)
 
 

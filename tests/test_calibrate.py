@@ -73,7 +73,9 @@ def equal(a: Statistics, b: Statistics) -> bool:
         same = (
             torch.equal(one, two)
             if isinstance(one, Tensor)
-            else torch.equal(one.scatter, two.scatter) and torch.equal(one.mean, two.mean) and one.count == two.count
+            else torch.equal(one.triangle.packed(), two.triangle.packed())
+            and torch.equal(one.mean, two.mean)
+            and one.count == two.count
         )
         if not same:
             return False

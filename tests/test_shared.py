@@ -154,4 +154,4 @@ def test_sums_are_kept_where_one_says() -> None:
         shared = Shared(device)
         for name in ("q", "k"):
             shared.update(name, X)
-        assert shared["k"].scatter.device.type == shared["k"].mean.device.type == (device or "cpu")
+        assert shared["k"].triangle.blocks[0].device.type == shared["k"].mean.device.type == (device or "cpu")

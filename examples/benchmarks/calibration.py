@@ -3,8 +3,8 @@
     python examples/benchmarks/calibration.py                        # SmolLM2-135M, 8 sequences of 128 tokens
     python examples/benchmarks/calibration.py --sequences 64 --tokens 512 --repeats 3
 
-Inputs (CorDA): PEFT keeps one float32 matrix a module and takes one sequence at a time; ours keeps one float64 matrix
-for modules with the same inputs, half of it on disk. Gradients (LoRA-SB): the adapter's starts are computed group by
+Inputs (CorDA): PEFT keeps one float32 matrix a module and takes one sequence at a time; ours keeps one float64 triangle
+for modules with the same inputs. Gradients (LoRA-SB): the adapter's starts are computed group by
 group, so that only `memory` bytes of mean gradients are held; beside it all at once. Peaks are of the resident memory,
 above what the process held before, sampled while it ran. Runs alternate; times are medians.
 """
@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_kasa import CorDAConfig, LoRASBConfig, calibrate
 from peft_kasa.adapter.statistics import Statistics
+from peft_kasa.spectral import triangle
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUP = 64 * 2**20
@@ -107,10 +108,14 @@ def inputs(ids: Tensor, rows: list[dict[str, Any]], repeats: int, folder: str) -
     errors = [
         (found.evidence(name).matrix() / len(ids) - matrix).norm() / matrix.norm() for name, matrix in matrices.items()
     ]
+    unshared = sum(triangle.size(len(matrix)) for matrix in matrices.values())
     print(f"\nInputs of {len(matrices)} modules")
     print(f"  matrices: PEFT {len(matrices)}, {size_of(matrices.values()):.0f} MB of float32;", end=" ")
-    print(f"ours {len(streams)}, {size_of(s.scatter for s in streams.values()):.0f} MB of float64,", end=" ")
-    print(f"{packed / 1e6:.0f} MB on disk; without sharing, ours would be {2 * size_of(matrices.values()):.0f} MB")
+    print(
+        f"ours {len(streams)}, {sum(triangle.size(s.triangle.n) for s in streams.values()) / 1e6:.0f} MB of float64,",
+        end=" ",
+    )
+    print(f"{packed / 1e6:.0f} MB on disk; without sharing, ours would be {unshared / 1e6:.0f} MB")
     for name, clock in clocks.items():
         print(f"  {name:26} {statistics.median(clock.wall):7.2f} s  peak {last[name][0]:6.0f} MB")
     print(f"  largest relative difference of a matrix: {max(errors):.1e}")

@@ -86,7 +86,7 @@ def _about(layer: SpectralLinear, adapter: str) -> object:
     settings = {key: repr(value) for key, value in known.config.to_dict().items() if not isinstance(value, set | dict)}
     weight = layer.base.matrix()
     evidence = layer.site(adapter, weight, Engine()).evidence
-    seen = evidence.scatter if isinstance(evidence, Covariance) else evidence
+    seen = evidence.triangle.packed() if isinstance(evidence, Covariance) else evidence
     return checksum(weight), known.rank, known.scale, settings, None if seen is None else checksum(seen)
 
 

@@ -22,7 +22,6 @@ Value: TypeAlias = Covariance | Tensor  # of gradients: their sum over all seque
 Where: TypeAlias = str | os.PathLike[str]
 
 FORMAT = "peft_kasa statistics 1"
-BLOCK = 1024  # rows that are mirrored at a time
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 Part: TypeAlias = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]
 
@@ -103,7 +102,7 @@ def read(path: str, group: int, kind: str) -> Value:
         return first
     found = Covariance(len(rest[0]))
     found.mean, found.count = rest[0], rest[1].item()
-    _unpack(first, found.scatter)
+    found.triangle.unpack(first)
     return found
 
 
@@ -111,15 +110,6 @@ def shape(path: str, group: int, kind: str) -> tuple[int, ...]:
     """(n,) of a covariance, (m, n) of a gradient."""
     with _opened(path) as file:
         return tuple(file.get_slice(_keys(group, kind)[kind != "gradients"]).get_shape())
-
-
-def mirror(scatter: Tensor) -> None:
-    """Makes a matrix symmetric: its lower triangle, which is what a file keeps, to the upper one."""
-    for start in range(0, len(scatter), BLOCK):
-        stop = min(start + BLOCK, len(scatter))
-        scatter[:start, start:stop] = scatter[start:stop, :start].T
-        square = scatter[start:stop, start:stop]
-        square.copy_(square.tril() + square.tril(-1).T)
 
 
 def _keys(group: int, kind: str) -> list[str]:
@@ -132,25 +122,10 @@ def _parts(group: int, shape: tuple[int, ...], value: Callable[[], Any]) -> dict
         return {f"{group}.sum": (torch.float32, shape, value)}
     (n,) = shape
     return {
-        f"{group}.scatter": (torch.float64, (n * (n + 1) // 2,), lambda: _packed(value().scatter)),
+        f"{group}.scatter": (torch.float64, (n * (n + 1) // 2,), lambda: value().triangle.packed()),
         f"{group}.mean": (torch.float64, (n,), lambda: value().mean),
         f"{group}.count": (torch.float64, (), lambda: torch.tensor(value().count, dtype=torch.float64)),
     }
-
-
-def _packed(scatter: Tensor) -> Tensor:
-    """The lower triangle, row after row."""
-    rows, n = scatter.cpu(), len(scatter)
-    out = rows.new_empty(n * (n + 1) // 2)
-    for i in range(n):
-        out[i * (i + 1) // 2 :][: i + 1] = rows[i, : i + 1]
-    return out
-
-
-def _unpack(packed: Tensor, out: Tensor) -> None:
-    for i in range(len(out)):
-        out[i, : i + 1] = packed[i * (i + 1) // 2 :][: i + 1]
-    mirror(out)
 
 
 def _stream(path: str, tensors: Mapping[str, Part], metadata: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ from ..adapter.statistics import Statistics
 from ..adapter.statistics_file import About, Where
 from ..methods.method import SpectralConfig
 from ..methods.site import Needs
+from ..spectral import triangle
 from .batches import Batch, batches
 from .passes import Pass, compatible
 from .targets import inner, targets
@@ -209,7 +210,7 @@ def _groups(modules: Mapping[str, nn.Module], memory: int, kind: Needs) -> list[
     room = 0
     for name, module in modules.items():
         m, n = _shape(module)
-        size = 4 * m * n if kind == "gradients" else 8 * n * n
+        size = 4 * m * n if kind == "gradients" else triangle.size(n)
         if not groups or size > room:
             groups.append([])
             room = memory

@@ -74,8 +74,6 @@ class Gradients:
         """What there is, by module: sums."""
         return {name: self.totals[name] for name in self.modules if name in self.totals}
 
-    finish = values
-
     def _seen(self, name: str, _: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = input_of(args, kwargs)
         torch.set_grad_enabled(True)  # until `take` leaves its no_grad

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.statistics_file import Value, mirror
+from ..adapter.statistics_file import Value
 from ..methods.site import Needs
 from ..spectral.shared import Shared
 from .batches import IGNORED, Batch
@@ -66,12 +66,6 @@ class Inputs:
     def values(self) -> dict[str, Value]:
         """What there is, by module."""
         return {name: stream for names, stream in self.shared.groups() for name in names}
-
-    def finish(self) -> dict[str, Value]:
-        """The same, ready to be used: a file keeps one triangle of a matrix, so the other is made to follow."""
-        for _, stream in self.shared.groups():
-            mirror(stream.scatter)
-        return self.values()
 
     def _counted(self, batch: Batch) -> Tensor | None:
         """True for the tokens that count, or None for all."""

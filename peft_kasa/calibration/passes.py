@@ -146,7 +146,7 @@ class _Run:
             statistics = self.found.completed()
         else:
             assert self.collector is not None
-            statistics = Statistics(self._about(True), self.collector.finish())
+            statistics = Statistics(self._about(True), self.collector.values())
         if not self.path:
             return statistics
         statistics.save(self.path)

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .algorithms.operator import squared
 from .engine import End
 from .products import exact_products
 from .refine import refined
 from .spectrum import Spectrum
+from .triangle import Triangle
 
 Cut: TypeAlias = Callable[[Tensor, int, End], Spectrum]  # an Engine, or anything that is called like one
 
-TOKENS = 2048  # in one product: its float32 sums stay short, its copies small
+TOKENS = 256  # in one product: its float32 sums stay short, its copies small
 
 
 class Axes(NamedTuple):
@@ -36,7 +36,8 @@ class Covariance:
 
     Each batch is centred, multiplied in float32 (float64 inputs in float64) and joined in float64 (Chan, Golub, LeVeque
     1979). So a mean far from zero costs no digits, nor do millions of tokens, and the outcome can be had both centred
-    and not. Autocast, TF32 and bf16 products are off in here. Memory: 8 n^2 bytes; time: 2 n^2 operations a token.
+    and not. Autocast, TF32 and bf16 products are off in here. One triangle is kept: about 4 n^2 bytes, and n^2
+    operations a token.
 
     Args:
         features: n, the size of the inputs' last dimension.
@@ -45,7 +46,7 @@ class Covariance:
     Attributes:
         count: the number of tokens, each times its weight.
         mean: (n,) float64.
-        scatter: (n, n) float64, X^T X of the inputs less their mean.
+        triangle: X^T X of the inputs less their mean, (n, n), float64.
 
     Example:
         >>> import torch
@@ -65,7 +66,7 @@ class Covariance:
         self.count: float = 0
         with torch.inference_mode(False):  # or only inference mode could write to them
             self.mean = torch.zeros(features, dtype=torch.float64, device=device)
-            self.scatter = torch.zeros(features, features, dtype=torch.float64, device=device)
+            self.triangle = Triangle(features, device)
         self._found: dict[object, Any] = {}  # axes by what was asked for: modules that share inputs ask alike
 
     @torch.no_grad()
@@ -98,7 +99,8 @@ class Covariance:
                 # The centre is rounded to `dtype`. What that leaves out is of second order: 4e-15 of the mean squared.
                 mean = part.mean(0, dtype=torch.float64)
                 centred = part.to(dtype).sub(mean.to(dtype)).div_(scale)
-                self._join(weight * len(part), mean, squared(centred), weight * scale**2)
+                self.triangle.add_product(centred, weight * scale**2)
+                self._join(weight * len(part), mean)
 
     @torch.no_grad()
     def merge(self, other: Covariance) -> None:
@@ -106,7 +108,8 @@ class Covariance:
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"Streams to merge need the same size. Found {len(self.mean)} and {len(other.mean)}.")
         if other.count:
-            self._join(other.count, other.mean, other.scatter, 1)
+            self.triangle.add(other.triangle)
+            self._join(other.count, other.mean)
 
     def matrix(self, centred: bool = False) -> Tensor:
         """X^T X, (n, n) float64, or that of X less its mean. A sum: divide by `count`, or by sequences, as you need.
@@ -116,7 +119,8 @@ class Covariance:
         """
         if not self.count:
             raise ValueError("A covariance needs inputs. Found none: no token has been seen.")
-        return self.scatter.clone() if centred else torch.addr(self.scatter, self.mean, self.mean, alpha=self.count)
+        scatter = self.triangle.dense()
+        return scatter if centred else scatter.addr_(self.mean, self.mean, alpha=self.count)
 
     @torch.no_grad()
     def axes(self, k: int, engine: Cut | None = None, centred: bool = False) -> Axes:
@@ -178,11 +182,10 @@ class Covariance:
             raise ValueError(f"`mask` has to be boolean of shape {tuple(x.shape[:-1])}. Found {found}.")
         return rows[mask.reshape(-1).to(rows.device)]
 
-    def _join(self, count: float, mean: Tensor, scatter: Tensor, factor: float) -> None:
-        """Takes in `count` tokens with this mean and with `factor * scatter` about it."""
+    def _join(self, count: float, mean: Tensor) -> None:
+        """Takes in that `count` tokens with this mean have come, whose scatter about it is in the triangle already."""
         shift = mean.to(self.mean.device) - self.mean
-        self.scatter.add_(scatter.to(self.mean.device), alpha=factor)
-        self.scatter.addr_(shift, shift, alpha=self.count * count / (self.count + count))
+        self.triangle.add_outer(shift, self.count * count / (self.count + count))
         self._found.clear()
         self.count += count
         self.mean.add_(shift, alpha=count / self.count)
