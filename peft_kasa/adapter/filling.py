@@ -17,6 +17,7 @@ from ..methods.site import Site, Start
 from ..peft_type import PREFIX
 from ..spectral import Engine
 from ..spectral.checksum import checksum
+from ..spectral.plan import Ask, Outline, Solver
 from . import anchors, checkpoint
 from . import slots as slot
 from .fingerprint import FINGERPRINT, SIDE, sketch
@@ -32,6 +33,7 @@ class Adapter:
     scale: float
     awaiting: bool = True  # its slots have no values yet: a file or the method's start will give them
     began: str = ""  # checksums of what learns, at the start; none where a file gave the values
+    asks: list[Ask | None] = field(default_factory=list)  # the cuts that its start takes, None for other matrices
     peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
     trained: bool = False  # a forward pass has asked for its gradients
     masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
@@ -64,8 +66,10 @@ class Filling:
         scale = config.scale(rank, _pattern(config.alpha_pattern, self.name, config.alpha))
         rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
         require(rank <= min(m, n), rule, rank)
-        self.adapters[adapter] = Adapter(config, rank, scale)
-        start = self._start(adapter, torch.empty(m, n, device="meta"), Engine())
+        known = self.adapters[adapter] = Adapter(config, rank, scale)
+        outline = Outline(torch.empty(m, n, device="meta"))
+        start = self._start(adapter, outline.weight, outline)
+        known.asks = outline.asked
         values = slot.pack(start)
         if not config.keeps_frames:
             values |= anchors.anchors(values, start.train)
@@ -78,10 +82,10 @@ class Filling:
             holder = self.peft_kasa_learnt if learns else self.peft_kasa_frozen
             holder[adapter].register_parameter(name, nn.Parameter(empty, requires_grad=learns))
             if learns:
-                self.adapters[adapter].masters[name] = empty
+                known.masters[name] = empty
 
     @torch.no_grad()
-    def begin(self: Any, adapter: str, engine: Engine) -> None:
+    def begin(self: Any, adapter: str, engine: Solver) -> None:
         """Gives the adapter its method's start, computed from the base weight."""
         values = self._computed(adapter, engine)
         config, learnt = self.adapters[adapter].config, self.learnt(adapter)
@@ -95,7 +99,7 @@ class Filling:
                 parameter.add_(sample.normal_(0, 0.05, generator=noise).to(parameter.device))
 
     @torch.no_grad()
-    def frames(self: Any, adapter: str, saved: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+    def frames(self: Any, adapter: str, saved: Mapping[str, Tensor], engine: Solver) -> dict[str, Tensor]:
         """What a compact checkpoint leaves out: what is here if its anchors fit it, or else computed again.
 
         Raises:
@@ -170,13 +174,9 @@ class Filling:
         """Whether the adapter's slots, or the base weight, are without storage."""
         return self.base_layer.weight.is_meta or any(value.is_meta for value in self.slots(adapter).values())
 
-    def _computed(self: Any, adapter: str, engine: Engine) -> dict[str, Tensor]:
-        """The slots of the start at the base weight, and the fingerprint of that.
-
-        What is left out of a checkpoint starts from a 4-bit weight as repacked, so that it comes out the same from a
-        base that was evaluated before and from one that was not.
-        """
-        weight = self._intact(adapter, as_repacked=bool(checkpoint.left_out(self, adapter)))
+    def _computed(self: Any, adapter: str, engine: Solver) -> dict[str, Tensor]:
+        """The slots of the start at the base weight, and the fingerprint of that."""
+        weight = self.source(adapter)
         fingerprint = sketch(self.base.matrix(as_repacked=True))
         self._check_statistics(adapter, fingerprint)
         return slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
@@ -185,6 +185,14 @@ class Filling:
         config = self.adapters[adapter].config
         if config.statistics is not None and config.needs:
             located(config.statistics).check(self.name, config.needs, fingerprint)
+
+    def source(self: Any, adapter: str) -> Tensor:
+        """The weight (m, n) that the adapter starts from.
+
+        What is left out of a checkpoint starts from a 4-bit weight as repacked, so that it comes out the same from a
+        base that was evaluated before and from one that was not.
+        """
+        return self._intact(adapter, as_repacked=bool(checkpoint.left_out(self, adapter)))
 
     def _intact(self: Any, adapter: str, as_repacked: bool = False) -> Tensor:
         """The base weight, which has to be there and finite."""
@@ -202,7 +210,7 @@ class Filling:
         seed = self.adapters[adapter].config.seed
         return torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name} {use}".encode()))
 
-    def site(self: Any, adapter: str, weight: Tensor, engine: Engine) -> Site:
+    def site(self: Any, adapter: str, weight: Tensor, engine: Solver) -> Site:
         """The layer as the adapter's method sees it."""
         known = self.adapters[adapter]
         evidence, sequences = None, 1
@@ -212,7 +220,7 @@ class Filling:
         return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence, sequences)
 
     @torch.no_grad()
-    def shares(self: Any, adapter: str, k: int, engine: Engine) -> Tensor:
+    def shares(self: Any, adapter: str, k: int, engine: Solver) -> Tensor:
         """What each of the k largest triples of the start's source holds of the whole, (k,): for `rank_budget`."""
         self._check_statistics(adapter, sketch(self.base.matrix(as_repacked=True)))
         site = self.site(adapter, self._intact(adapter), engine)
@@ -221,7 +229,7 @@ class Filling:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def _start(self: Any, adapter: str, weight: Tensor, engine: Engine) -> Start:
+    def _start(self: Any, adapter: str, weight: Tensor, engine: Solver) -> Start:
         try:
             return self.adapters[adapter].config.start(self.site(adapter, weight, engine))
         except ValueError as error:

@@ -116,11 +116,11 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         for name in names:
             self.settle(name)
             self.adapters[name].trained |= self.training and torch.is_grad_enabled()
-        return result + self._update(x, names).to(result.dtype)
+        return self.updated(result, x, names)
 
-    def _update(self, x: Tensor, names: list[str]) -> Tensor:
+    def updated(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """The base's result (..., m) and what these adapters together add to it; `result` may be written to."""
         whole: list[slot.Product] = []  # those that share the input
-        outputs: list[Tensor] = []
         inward: list[Tensor] = []  # what the base's weight has yet to be applied to
         if (cut := self._cut(names)) is not None:
             whole.append(cut._replace(up=-cut.up))
@@ -130,14 +130,20 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             if slot.through_base(self.slots(name)):
                 inward.append(product(F.dropout(x, config.dropout) if drops else x))
             elif drops:
-                outputs.append(product(F.dropout(x, config.dropout)))
+                result = product.added(result, F.dropout(x, config.dropout), self._owned(result))
             else:
                 whole.append(product)
         if whole:
-            outputs.append(slot.join(whole)(x))
+            result = slot.join(whole).added(result, x, self._owned(result))
         if inward:
-            outputs.append(self.base.apply(sum(inward[1:], inward[0])))
-        return sum(outputs[1:], outputs[0])
+            result = result + self.base.apply(sum(inward[1:], inward[0])).to(result.dtype)
+        return result
+
+    def _owned(self, result: Tensor) -> bool:
+        """Whether nobody else has the base layer's output, or needs it as it is for a backward pass."""
+        base = self.base_layer
+        plain = type(base) is nn.Linear and not base._forward_hooks and not base._backward_hooks
+        return plain and not result._is_view() and not torch.compiler.is_compiling()
 
     def _product(self, adapter: str) -> slot.Product:
         known = self.adapters[adapter]

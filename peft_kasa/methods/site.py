@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..spectral import Engine, LowRank, Spectrum
+from ..spectral import LowRank, Spectrum
 from ..spectral.covariance import Covariance
+from ..spectral.plan import Solver, blank
 from ..spectral.sources import damped, oriented, powered, slices
 
 Slot: TypeAlias = Literal["left", "core", "right"]
@@ -26,7 +27,7 @@ class Site(NamedTuple):
     rank: int  # after rank_pattern, at most min(m, n)
     scale: float  # s = alpha / r, after alpha_pattern
     generator: torch.Generator  # seeded by the config's seed and the module's name
-    engine: Engine
+    engine: Solver  # on the meta device, an `Outline`
     evidence: Covariance | Tensor | None = None  # what the config's `needs` asked for
     sequences: int = 1  # how many it was gathered from
 
@@ -37,11 +38,10 @@ class Site(NamedTuple):
         k (by the site's generator); the last two take a whole decomposition.
         """
         of = self.weight if of is None else of
-        if self.weight.is_meta:
-            m, n = of.shape
-            return Spectrum(self.zeros(m, k), self.zeros(k), self.zeros(k, n))
         if part in ("top", "bottom"):
             return self.engine(of, k, part, self.name)  # type: ignore[arg-type]
+        if self.weight.is_meta:
+            return blank(of, k)
         size = min(of.shape)
         first = (size - k) // 2
         chosen = (

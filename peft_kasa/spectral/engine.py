@@ -139,32 +139,48 @@ class Engine:
             for empty, part in zip(cuts[name], cut, strict=True):
                 empty.copy_(part)
 
-        def together(names: list[str], device: torch.device) -> None:
-            found = stacks.cuts([weights[name] for name in names], k, end, self._tolerance(end), device)
-            for name, cut in zip(names, found, strict=True):
-                if cut is None:
-                    logger.info("%s: not with the others of its shape, trying alone", name)
-                    one(name)
-                else:
-                    fill(name, cut)
+        def together(names: list[str]) -> None:
+            for name, cut in self.together({name: weights[name] for name in names}, k, end).items():
+                fill(name, cut)
 
         jobs = []
-        alone = self.algorithm != "auto" or located(self.cache) is not None  # an entry is what one weight alone gives
-        for names in [[name] for name in weights] if alone else stacks.groups(weights, k, self.device):
+        for names in self.groups(weights, k):
             w = weights[names[0]]
-            device = torch.device(self.device or w.device)
             jobs.append(
                 Job(
                     ", ".join(names),
                     (w.shape[0], w.shape[1]),
-                    device,
-                    partial(one, names[0]) if len(names) == 1 else partial(together, names, device),
+                    torch.device(self.device or w.device),
+                    partial(one, names[0]) if len(names) == 1 else partial(together, names),
                     [part for name in names for part in cuts[name]],
                     partial(self._about, [weights[name] for name in names], k, end),
                     len(names),
                 )
             )
         sweep(jobs, "decomposing", self.workers, self.progress)
+        return cuts
+
+    def groups(self, weights: Mapping[str, Tensor], k: int) -> list[list[str]]:
+        """The names by what `together` should take at once: small ones of one shape on CUDA; others alone."""
+        if self.algorithm != "auto" or located(self.cache) is not None:  # an entry is what one weight alone gives
+            return [[name] for name in weights]
+        return stacks.groups(weights, k, self.device)
+
+    @torch.no_grad()
+    def together(self, weights: Mapping[str, Tensor], k: int, end: End = "top") -> dict[str, Spectrum]:
+        """The cuts of weights of one shape on one device, in one batch; those that miss the gate there, one by one."""
+        first = next(iter(weights.values()))
+        device, dtype = torch.device(self.device or first.device), getattr(torch, self.precision)
+        found = stacks.cuts(list(weights.values()), k, end, self._tolerance(end), device)
+        cuts = {}
+        for (name, w), cut in zip(weights.items(), found, strict=True):
+            if cut is None:
+                logger.info("%s: not with the others of its shape, trying alone", name)
+                try:
+                    cut = self(w, k, end, name)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+            cuts[name] = Spectrum(*(part.to(w.device, dtype).contiguous() for part in cut))
         return cuts
 
     def _chain(self, m: int, n: int, k: int, end: str) -> tuple[str, ...]:
