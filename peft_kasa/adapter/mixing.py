@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..methods.method import require
+from .layer import SpectralLinear
 from .naming import BASE
 from .starting import all_layers, settle
 
@@ -49,18 +50,14 @@ def _tell(module: nn.Module, names: Sequence[str]) -> RemovableHandle:
     return module.register_forward_pre_hook(partial(_with_names, names=names), with_kwargs=True)
 
 
-def _with_names(_: nn.Module, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> Any:
-    return args, kwargs | {"adapter_names": names}
+def _with_names(module: Any, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> Any:
+    having = module._get_available_adapters()  # PEFT's own modules know of no others
+    return args, kwargs | {"adapter_names": [name if name in having else BASE for name in names]}
 
 
-def _takers(tuner: nn.Module) -> Iterator[nn.Module]:
+def _takers(tuner: nn.Module) -> list[nn.Module]:
     """What chooses by row: the family's layers, and PEFT's own of modules_to_save and trained tokens."""
-    yield from all_layers(tuner)
-    yield from _wrappers(tuner)
-
-
-def _wrappers(tuner: nn.Module) -> list[AuxiliaryTrainingWrapper]:
-    return [module for module in tuner.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return [module for module in tuner.modules() if isinstance(module, SpectralLinear | AuxiliaryTrainingWrapper)]
 
 
 def _encoder(model: Any) -> nn.Module:
@@ -78,16 +75,3 @@ def _check(tuner: Any, names: Sequence[str]) -> None:
     require(not unknown, f"adapter_names have to be of {known}", unknown)
     merged = sorted({name for layer in all_layers(tuner) for name in layer.merged_adapters})
     require(not merged, "adapter_names needs adapters that are not merged: call unmerge_adapter first", merged)
-    for wrapper in _wrappers(tuner):
-        _check_wrapper(wrapper, {*names, *wrapper.active_adapters} - {BASE})
-
-
-def _check_wrapper(wrapper: AuxiliaryTrainingWrapper, needed: set[str]) -> None:
-    """PEFT's wrapper takes the original where an active adapter has no copy, and fails where a named one has none."""
-    having = needed & wrapper._get_available_adapters()
-    if having and having != needed:
-        raise ValueError(
-            f"adapter_names mixes adapters that train a {type(wrapper.original_module).__name__} of the model in full, "
-            f"or its tokens, {sorted(having)}, with others that do not, {sorted(needed - having)} (active ones count). "
-            "Run them in batches of their own."
-        )
