@@ -60,7 +60,9 @@ def test_rows_are_as_with_their_adapter_alone(member: Member, tiny: str) -> None
 @pytest.mark.parametrize("kind", ["bf16", "nf4", "int8"])
 def test_all_members_in_one_batch(kind: str, tiny: str) -> None:
     model = adapted(load(tiny, kind), *MEMBERS)
-    check(model, [f"m{index}" for index in range(len(MEMBERS))] + [BASE], 0.05 if kind == "int8" else 1e-2)
+    check(
+        model, [f"m{index}" for index in range(len(MEMBERS))] + [BASE], 0.05 if kind == "int8" else 1e-2
+    )  # 8-bit layers choose outlier columns by batch
 
 
 def test_layers_that_an_adapter_does_not_have_pass(tiny: str) -> None:
@@ -173,6 +175,13 @@ def test_what_has_no_answer_is_refused(tiny: str) -> None:
     refused(model, ["m0", "m1"], r"not merged: call unmerge_adapter first. Found \['m1'\]")
     model.unmerge_adapter()
     check(model, ["m0", "m1"])
+
+
+def test_beams_that_only_the_models_own_config_asks_for_are_refused(tiny: str) -> None:
+    model = adapted(load(tiny), kasa, pissa)
+    model.generation_config.num_beams = 3
+    with pytest.raises(ValueError, match=r"each of the 6 rows.*num_beams.*passed to generate\). Found 2"):
+        generated(model, tokens(2), adapter_names=["m0", "m1"])
 
 
 def test_disabled_adapters_are_disabled_for_every_row(tiny: str) -> None:
