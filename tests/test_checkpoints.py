@@ -135,7 +135,8 @@ def test_a_ref_copy_is_exact(member: Member, tiny: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model), policy)
 
 
-def test_several_adapters_are_saved_and_loaded_by_name(tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("low", [False, True])
+def test_several_adapters_are_saved_and_loaded_by_name(low: bool, tiny: str, tmp_path: Path) -> None:
     model, folder = saved(PISSA, tiny, tmp_path)
     for member in MEMBERS:
         model.add_adapter(member.name, member.config())
@@ -144,7 +145,7 @@ def test_several_adapters_are_saved_and_loaded_by_name(tiny: str, tmp_path: Path
     model.save_pretrained(folder)
     again = PeftModel.from_pretrained(load(tiny), folder)
     for member in MEMBERS:
-        again.load_adapter(os.path.join(folder, member.name), member.name)
+        again.load_adapter(os.path.join(folder, member.name), member.name, low_cpu_mem_usage=low)
         for each in (again, model):
             each.set_adapter(member.name)
         assert torch.equal(logits(again), logits(model))

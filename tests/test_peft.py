@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from bases import load, logits, move, stack, steps
+from bases import learning, load, logits, move, stack, steps
 from members import MEMBERS, Member
 from peft import (
     PeftModel,
@@ -177,12 +177,6 @@ def test_peft_converts_it_to_lora(member: Member, tiny: str) -> None:
     assert torch.allclose(logits(again), logits(model), atol=1e-3)
 
 
-def test_mixed_batches_are_refused_rather_than_ignored(tiny: str) -> None:
-    model = get_peft_model(load(tiny), PiSSAConfig(r=2, target_modules=["q_proj"])).eval()
-    with pytest.raises(ValueError, match=r"`adapter_names`.*not supported.*set_adapter"):
-        model(input_ids=torch.arange(4)[None], adapter_names=["default"])
-
-
 @each_member
 def test_gradient_checkpointing_and_autocast(member: Member, tiny: str) -> None:
     model = get_peft_model(load(tiny), member.config())
@@ -197,8 +191,50 @@ def test_status_and_repr_say_what_is_there(member: Member, tiny: str) -> None:
     model = get_peft_model(load(tiny), member.config())
     status = model.get_model_status()
     assert (status.peft_types, status.enabled, status.active_adapters) == ({"default": "PEFT_KASA"}, True, ["default"])
+    assert (status.requires_grad, status.trainable_params) == (
+        {"default": True},
+        sum(p.numel() for p in learning(model)),
+    )
     assert f"SpectralLinear(default: {member.name} r=4 s=" in repr(model)
     assert repr(member.config(r=3)).startswith(f"{member.config_class.__name__}(r=3, target_modules=")
+
+
+@each_member
+def test_status_follows_what_is_switched_merged_and_deleted(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny), member.config(target_modules=["q_proj"]))
+    model.add_adapter("second", PiSSAConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    first = model.get_layer_status()[0]
+    assert (first.available_adapters, first.requires_grad) == (
+        ["default", "second"],
+        {"default": True, "second": False},
+    )
+    model.base_model.set_adapter(["default", "second"])
+    status = model.get_model_status()
+    assert (status.active_adapters, status.num_adapter_layers) == (["default", "second"], 4)
+    assert status.requires_grad == {"default": True, "second": True}
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default", "second"]
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert model.get_model_status().enabled is False
+    model.delete_adapter("default")
+    status = model.get_model_status()
+    assert (status.available_adapters, status.active_adapters) == (["second"], ["second"])
+    assert status.requires_grad == {"second": True}
+
+
+@each_member
+def test_deleting_the_active_adapter_activates_one_that_is_left(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny), PiSSAConfig(r=2, target_modules=["q_proj"]))
+    move(model)
+    expected = logits(model)
+    model.add_adapter("second", member.config())
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="second was active which is now deleted"):
+        model.delete_adapter("second")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model), expected)
+    assert not any(".second." in name for name in model.state_dict())
 
 
 BAD = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from ..spectral import Engine
 from ..spectral.sweep import sweep
 from .filling import given_rank
 from .layer import SpectralLinear
+from .naming import exactly, target
 from .starting import begin, job, layers_of, named_layers, take_out
 
 
@@ -75,12 +74,13 @@ def _choose(config: Any, model: nn.Module, adapter: str, ranks: dict[SpectralLin
     """Makes these the ranks of the adapter's modules; those of rank 0 lose it."""
     layers = list(layers_of(model, adapter))
     config.before_budget = (config.rank_pattern, len(layers))
-    chosen = {_exactly(layer.name, layers): rank for layer, rank in ranks.items() if rank}
+    names = [layer.name for layer in layers]
+    chosen = {exactly(layer.name, names): rank for layer, rank in ranks.items() if rank}
     config.rank_pattern = chosen | config.rank_pattern
     without = [layer for layer, rank in ranks.items() if not rank]
     kept = [layer for layer in layers if layer not in without]
     if without:
-        _target(config, model, {layer.name for layer in kept})
+        target(config, model, {layer.name for layer in kept})
         take_out(model, adapter, without)
     for layer in kept:
         trains = any(slot.requires_grad for slot in layer.peft_kasa_learnt[adapter].parameters())
@@ -130,17 +130,3 @@ def _shares(layers: list[SpectralLinear], adapter: str) -> dict[str, Tensor]:
 
 def _measure(layer: SpectralLinear, adapter: str, engine: Engine, shares: Tensor) -> None:
     shares.copy_(layer.shares(adapter, len(shares), engine))
-
-
-def _exactly(name: str, layers: list[SpectralLinear]) -> str:
-    """The name as a pattern that no other layer matches: PEFT's patterns also match what ends in them."""
-    return f"^{re.escape(name)}" if any(layer.name.endswith(f".{name}") for layer in layers) else name
-
-
-def _target(config: SpectralConfig, model: nn.Module, names: set[str]) -> None:
-    """Makes these modules the config's targets, and no other that ends in one of their names."""
-    ends = tuple(f".{name}" for name in names)
-    config.target_modules = names
-    if sum(f".{path}".endswith(ends) for path, _ in model.named_modules()) > len(names):
-        config.target_modules = "|".join(re.escape(name) for name in sorted(names))
-        config.layers_to_transform = config.layers_pattern = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from ..methods.method import SpectralConfig, require
 from ..peft_type import NAME, PREFIX
 from ..spectral import LowRank
 from .layer import SpectralLinear
+from .naming import exactly
 from .starting import settle
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
@@ -174,7 +174,7 @@ def _lora_config(
     model: Any, config: SpectralConfig, layers: dict[str, SpectralLinear], ranks: dict[str, int], extra: Any
 ) -> LoraConfig:
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    own = {_pattern(name, layers): rank for name, rank in ranks.items() if rank != usual}
+    own = {exactly(name, layers): rank for name, rank in ranks.items() if rank != usual}
     return LoraConfig(
         r=usual,
         lora_alpha=usual,  # s is in B
@@ -189,12 +189,6 @@ def _lora_config(
         revision=config.revision,
         inference_mode=True,
     )
-
-
-def _pattern(name: str, layers: dict[str, SpectralLinear]) -> str:
-    """The name as a pattern that no other module matches: PEFT also matches what ends in it."""
-    longer = any(other.endswith(f".{name}") for other in layers)
-    return f"^{re.escape(name)}" if longer else name
 
 
 def _targets(model: nn.Module, layers: dict[str, SpectralLinear]) -> list[str]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..methods.method import SpectralConfig, require
 from ..methods.site import Site, Start
-from ..peft_type import PREFIX
 from ..spectral import Engine
 from ..spectral.checksum import checksum
 from ..spectral.plan import Ask, Outline, Solver
@@ -75,7 +74,6 @@ class Filling:
             values |= anchors.anchors(values, start.train)
         shapes = {name: tuple(value.shape) for name, value in values.items()} | {FINGERPRINT: (SIDE, SIDE)}
         self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter] = Holder(), Holder()
-        self.frozen_peft_weight_names[adapter] = (PREFIX + "frozen",)
         for name, shape in shapes.items():
             empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
             learns = name in start.train

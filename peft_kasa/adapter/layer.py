@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from . import slots as slot
 from .base_weight import BaseWeight
 from .filling import Adapter, Filling
 from .merging import Merging
+from .rows import mixed
 
 living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at every optimiser's step
 
@@ -32,8 +34,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         name: the module's name in the model, used in errors and seeds.
     """
 
-    adapter_layer_names = (PREFIX + "learnt", PREFIX + "frozen")
-    other_param_names = ("adapters",)
+    adapter_layer_names = (PREFIX + "learnt",)  # what PEFT switches on and off, and reports as trained
+    other_param_names = (PREFIX + "frozen", "adapters")
 
     def __init__(self, base_layer: nn.Module, name: str, **quantization: Any) -> None:
         super().__init__()
@@ -44,7 +46,6 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
         self.adapters: dict[str, Adapter] = {}
         self.peft_kasa_learnt, self.peft_kasa_frozen = nn.ModuleDict(), nn.ModuleDict()
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -61,7 +62,6 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         for name in (*self.adapter_layer_names, *self.other_param_names):
             if adapter in (kept := getattr(self, name)):
                 del kept[adapter]
-        self.frozen_peft_weight_names.pop(adapter, None)
 
     def slots(self, adapter: str) -> dict[str, Tensor]:
         """The adapter's tensors by slot name, its fingerprint of the base among them."""
@@ -104,14 +104,18 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         self.base.unpack()
         return state
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.training or x.requires_grad:
             self.base.unpack()
         result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if adapter_names is not None:
+            return mixed(result, x, adapter_names, self)
         names = [name for name in self.active_adapters if name in self.adapters]
-        if self.disable_adapters or self.merged or not names:
+        if not names:
             return result
         for name in names:
             self.settle(name)

@@ -17,9 +17,10 @@ from . import checkpoint
 from .anchors import PREFIX as ANCHOR
 from .base_weight import guard, unsupported
 from .budget import adopt, start
-from .fingerprint import FINGERPRINT
+from .combining import Combining
 from .layer import SpectralLinear
-from .slots import CUT, LEARNABLE
+from .mixing import by_row, repeats
+from .naming import check_name
 from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 NOTABLE_ROUNDING = 1e-2  # a merge that loses more of the update than this warns
 
 
-class SpectralModel(BaseTuner):
+class SpectralModel(Combining, BaseTuner):
     """The tuner of the family: what `get_peft_model(model, KaSAConfig(...))` puts between PeftModel and the model.
 
     Adapters of different methods may live on one base, and several may be active at once.
@@ -58,7 +59,7 @@ class SpectralModel(BaseTuner):
 
         On any error the model is left without the adapter.
         """
-        _check_name(adapter_name)
+        check_name(adapter_name)
         settle(model)
         config: Any = self.peft_config[adapter_name]
         values_follow = config.from_file or low_cpu_mem_usage or state_dict is not None
@@ -156,27 +157,11 @@ class SpectralModel(BaseTuner):
         _report_rounding(layers)
         return model
 
-    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Any:
-        if adapter_names is not None:
-            raise ValueError(
-                "`adapter_names` (an adapter for each row) is not supported by peft_kasa yet. Call `set_adapter` for "
-                "one adapter at a time, or export them as LoRA."
-            )
-        return nullcontext()
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **given: Any) -> Any:
+        return nullcontext() if adapter_names is None else by_row(self, adapter_names, repeats(given))
 
     def __repr__(self) -> str:
         return f"SpectralModel({self.model!r})"
-
-
-def _check_name(adapter: str) -> None:
-    """PEFT filters a state dict by `.<adapter>` in its keys, so a name that is also a slot's would lose tensors."""
-    slots = {*LEARNABLE, *(f"{slot}0" for slot in LEARNABLE), *CUT, "fixed", FINGERPRINT}
-    taken = adapter in slots or adapter in SpectralLinear.adapter_layer_names or hasattr(nn.ModuleDict(), adapter)
-    if taken or "." in adapter:
-        raise ValueError(
-            f"An adapter's name may not be a part of its tensors' names, nor have a dot. Found {adapter!r}: call it "
-            f"'{adapter.replace('.', '_')}_adapter', say."
-        )
 
 
 def _check_finite(layers: list[SpectralLinear], adapters: list[str] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,3 +90,18 @@ class LowRank(NamedTuple):
 def from_factors(left: Tensor, right: Tensor) -> LowRank:
     """`left @ right`, (m, k) by (k, n), with a core of ones."""
     return LowRank(left, left.new_ones(left.shape[1]), right)
+
+
+def total(values: Sequence[LowRank]) -> LowRank:
+    """Their exact sum. Ranks add, but a row of `right` that several have, as in a shared frame, is taken once.
+
+    Example:
+        >>> import torch
+        >>> from peft_kasa.spectral.lowrank import LowRank, total
+        >>> one = LowRank(torch.ones(3, 2), torch.ones(2), torch.eye(2, 4))
+        >>> total([one, one.scaled(2), LowRank(torch.ones(3, 1), torch.ones(1), torch.ones(1, 4))])
+        LowRank(3 x 3 x 4)
+    """
+    right, place = torch.cat([value.right for value in values]).unique(dim=0, return_inverse=True)
+    up = torch.cat([value.up() for value in values], 1)
+    return from_factors(up.new_zeros(len(up), len(right)).index_add(1, place, up), right)
