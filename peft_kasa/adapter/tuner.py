@@ -17,6 +17,7 @@ from . import checkpoint
 from .anchors import PREFIX as ANCHOR
 from .base_weight import guard, unsupported
 from .budget import adopt, start
+from .file_fields import check_counts
 from .fingerprint import FINGERPRINT
 from .layer import SpectralLinear
 from .slots import CUT, LEARNABLE
@@ -61,9 +62,11 @@ class SpectralModel(BaseTuner):
         _check_name(adapter_name)
         settle(model)
         config: Any = self.peft_config[adapter_name]
-        values_follow = config.from_file or low_cpu_mem_usage or state_dict is not None
-        config.from_file = False  # told once: another adapter with this config starts afresh
+        from_file, config.from_file = config.from_file, False  # told once: another adapter with it starts afresh
+        values_follow = from_file or low_cpu_mem_usage or state_dict is not None
         try:
+            if from_file:
+                check_counts(config, sum(1 for _ in model.modules()))
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))
