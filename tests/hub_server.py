@@ -177,6 +177,10 @@ class Endpoints(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in files]
         self.answer({"_id": repo, "id": repo, "sha": commit(files), "private": False, "tags": [], "siblings": siblings})
 
+    def tree(self, repo: str, revision: str) -> None:
+        files = self.server.files(repo, revision) or {}
+        self.answer([{"type": "file", "path": path, "oid": digest(d), "size": len(d)} for path, d in files.items()])
+
     def resolve(self, repo: str, revision: str, path: str) -> None:
         if (files := self.server.files(repo, revision)) is None:
             return self.refuse("RepoNotFound" if repo not in self.server.repos else "RevisionNotFound")
@@ -195,4 +199,8 @@ POST = {
     rf"/{REPO}\.git/info/lfs/objects/batch": "batch",
 }
 PUT = {"/upload": "upload"}
-GET = {rf"/api/models/{REPO}(?:/revision/(.+))?": "info", f"/{REPO}/resolve/([^/]+)/(.+)": "resolve"}
+GET = {
+    f"/api/models/{REPO}/tree/([^/]+)": "tree",
+    rf"/api/models/{REPO}(?:/revision/(.+))?": "info",
+    f"/{REPO}/resolve/([^/]+)/(.+)": "resolve",
+}
