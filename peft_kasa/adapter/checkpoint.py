@@ -137,14 +137,14 @@ def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor])
 
     Before any value is loaded: a place outside of the matrix would fail at the first forward pass.
     """
-    key = f"{prefix}frozen.{adapter}.fixed"
-    if key not in state:
+    held = (f"{prefix}learnt.{adapter}.", f"{prefix}frozen.{adapter}.")
+    slots = {key.rpartition(".")[2]: value.float() for key, value in state.items() if key.startswith(held)}
+    if "fixed" not in slots:
         return
-    known, learnt = layer.adapters[adapter], state[f"{prefix}learnt.{adapter}.core"]
-    start = state.get(f"{prefix}frozen.{adapter}.core0")
-    raw = learnt.float() if start is None else learnt.float() + start.float()
+    known = layer.adapters[adapter]
+    raw = sum((slots[name] for name in ("core", "core0") if name in slots), torch.zeros(()))
     try:
-        core = known.config.core(raw, state[key].to(raw), known.rank)
+        core = known.config.core(raw, slots["fixed"], known.rank)
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"{layer.name}: fixed in the adapter's file gives no core: {error}. Use another.") from error
     _check_value(layer.name, "the core", tuple(core.shape), core)
