@@ -11,7 +11,6 @@ from bases import BASES, load, stack
 from huggingface_hub import EvalResult, ModelCard
 from members import MEMBERS, Member
 from peft import PeftModel, get_peft_model
-from test_docs import tokenizer
 from transformers import Trainer, TrainingArguments
 
 from peft_kasa import PiSSAConfig
@@ -123,7 +122,7 @@ def test_the_code_on_the_card_runs(tiny: str, tmp_path: Path, monkeypatch: pytes
 def test_a_trainers_card_has_our_part(tiny: str, tmp_path: Path) -> None:
     model = get_peft_model(load(tiny), KASA.config())
     trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
-    trainer.processing_class = tokenizer()
+    trainer.save_model()
     trainer.create_model_card(model_name="mine")
     found = ModelCard.load(tmp_path / "README.md")
     assert "## KaSA adapter" in found.text

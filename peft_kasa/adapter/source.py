@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 
@@ -23,21 +23,20 @@ def check(source: str | os.PathLike[str], subfolder: str | None = None, **option
         ValueError: there is none, or a pickled one instead, or it is damaged.
     """
     folder = os.path.join(source, subfolder or "")
-    if os.path.isdir(folder):
-        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        if not os.path.isfile(path):
-            _refuse(folder, os.path.isfile(os.path.join(folder, WEIGHTS_NAME)))
-    else:
-        path = _fetched(os.fspath(source), subfolder, options)
-    check_readable(path)
+    here = {name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if _holds(folder, name)}
+    if not here:
+        return _check_readable(_fetched(os.fspath(source), {"subfolder": subfolder, **options}))
+    if SAFETENSORS_WEIGHTS_NAME not in here:
+        _refuse(folder, WEIGHTS_NAME in here)
+    _check_readable(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
 
 
-def check_readable(path: str | os.PathLike[str]) -> None:
-    """Makes sure that a safetensors file is whole: its header fits its size.
+def _holds(folder: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))
 
-    Raises:
-        ValueError: it is not.
-    """
+
+def _check_readable(path: str) -> None:
+    """The header has to fit the file's size."""
     try:
         with safe_open(path, framework="pt"):
             return
@@ -48,23 +47,17 @@ def check_readable(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def _fetched(repo: str, subfolder: str | None, options: dict[str, Any]) -> str:
+def _fetched(repo: str, options: dict[str, Any]) -> str:
     """Where the file lies once it is here: PEFT finds it in the cache then."""
-    fetch = {**options, "subfolder": subfolder}
     try:
-        return hf_hub_download(repo, SAFETENSORS_WEIGHTS_NAME, **fetch)
+        return hf_hub_download(repo, SAFETENSORS_WEIGHTS_NAME, **options)
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError:
-        where = os.path.join(repo, subfolder or "")
-        return _refuse(where, _exists(repo, fetch))
-
-
-def _exists(repo: str, fetch: dict[str, Any]) -> bool:
-    try:
-        return bool(hf_hub_download(repo, WEIGHTS_NAME, **fetch, dry_run=True))
-    except EntryNotFoundError:
-        return False
+        subfolder = options["subfolder"] or ""
+        pickled = f"{subfolder}/{WEIGHTS_NAME}".removeprefix("/")
+        known = {name: options[name] for name in ("revision", "token") if name in options}
+        return _refuse(os.path.join(repo, subfolder), file_exists(repo, pickled, **known))
 
 
 def _refuse(where: str, pickled: bool) -> Any:
