@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -57,10 +57,10 @@ def _fetched(repo: str, options: dict[str, Any]) -> str:
         subfolder = options["subfolder"] or ""
         pickled = f"{subfolder}/{WEIGHTS_NAME}".removeprefix("/")
         known = {name: options[name] for name in ("revision", "token") if name in options}
-        return _refuse(os.path.join(repo, subfolder), file_exists(repo, pickled, **known))
+        _refuse(os.path.join(repo, subfolder), file_exists(repo, pickled, **known))
 
 
-def _refuse(where: str, pickled: bool) -> Any:
+def _refuse(where: str, pickled: bool) -> NoReturn:
     if not pickled:
         raise ValueError(f"{where} has no {SAFETENSORS_WEIGHTS_NAME}. Save the adapter again.")
     raise ValueError(
