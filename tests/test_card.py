@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from bases import BASES, load, stack
+from bases import BASES, fresh, load, stack
 from huggingface_hub import EvalResult, ModelCard
 from members import MEMBERS, Member
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_kasa import PiSSAConfig
 from peft_kasa.adapter import card
@@ -23,6 +23,13 @@ KASA = MEMBERS[0]
 def saved(folder: Path, model: PeftModel) -> ModelCard:
     model.save_pretrained(str(folder))
     return ModelCard.load(folder / "README.md")
+
+
+def load_as(name: str) -> LlamaForCausalLM:
+    """The tiny model as if it came from the Hub."""
+    base = fresh()
+    base.config._name_or_path = name
+    return base
 
 
 def cell(text: str, row: str) -> str:
@@ -54,6 +61,14 @@ def test_a_path_of_this_machine_stays_here(kind: str, tiny: str, tmp_path: Path)
     assert cell(found.text, "base weights").startswith(stored[kind])
 
 
+def test_a_folder_that_looks_like_an_id_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(load_as("me/tiny"), KASA.config())
+    assert saved(tmp_path / "one", model).data.base_model == "me/tiny"
+    (tmp_path / "me" / "tiny").mkdir(parents=True)
+    assert saved(tmp_path / "two", model).data.base_model is None
+
+
 def test_saving_again_changes_nothing(tiny: str, tmp_path: Path) -> None:
     model = get_peft_model(load(tiny), KASA.config())
     assert saved(tmp_path, model).content == saved(tmp_path, model).content
@@ -76,11 +91,11 @@ def test_a_users_card_keeps_its_words_and_metadata(tmp_path: Path) -> None:
 def test_results_of_the_same_metric_are_replaced_and_others_stay(tmp_path: Path) -> None:
     model = get_peft_model(stack(), KASA.config(target_modules=["0"]))
     for value, metric in ((1, "loss"), (2, "bleu"), (3, "loss")):
-        result = EvalResult("text-generation", "e2e", "E2E", metric, value)
+        result = EvalResult("text-generation", "e2e", "E\\2E", metric, value)
         card.write(tmp_path, model, ["default"], "me/x", metrics=[result])
     found = saved(tmp_path, model)
     assert {result.metric_type: result.metric_value for result in found.data.eval_results} == {"bleu": 2, "loss": 3}
-    assert "| text-generation | E2E | loss | 3 |" in found.text
+    assert "| text-generation | E\\2E | loss | 3 |" in found.text
     with pytest.raises(ValueError, match=r"metrics have to be huggingface_hub\.EvalResult.*Found 'loss'"):
         card.write(tmp_path, model, ["default"], metrics={"loss": 1})  # type: ignore[arg-type]
 
@@ -107,9 +122,7 @@ def test_a_method_of_someone_elses_is_imported_from_where_it_is(tmp_path: Path) 
 
 
 def test_the_code_on_the_card_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load(tiny)
-    base.config._name_or_path = "me/tiny"
-    text = saved(tmp_path / "adapter", get_peft_model(base, KASA.config())).text
+    text = saved(tmp_path / "adapter", get_peft_model(load_as("me/tiny"), KASA.config())).text
     (tmp_path / "me").mkdir()
     (tmp_path / "me" / "tiny").symlink_to(tiny)
     monkeypatch.chdir(tmp_path)
