@@ -15,6 +15,7 @@ _peft_type.add_member(_peft.PeftType, _peft_type.NAME)
 
 from .adapter.export import LoraExport, export_lora, to_lora  # noqa: E402
 from .adapter.federated import average_cores  # noqa: E402
+from .adapter.hub import push_to_hub  # noqa: E402
 from .adapter.layer import SpectralLinear  # noqa: E402
 from .adapter.register import register as _register  # noqa: E402
 from .adapter.statistics import Statistics  # noqa: E402
@@ -77,5 +78,6 @@ __all__ = [
     "calibrate",
     "export_lora",
     "penalty",
+    "push_to_hub",
     "to_lora",
 ]

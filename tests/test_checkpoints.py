@@ -390,15 +390,10 @@ def test_a_refused_load_leaves_no_trace_on_the_base(tiny: str, tmp_path: Path) -
     assert "peft_config" not in vars(base)
 
 
-def test_a_missing_or_cut_weights_file_is_refused_before_the_model_is_touched(tiny: str, tmp_path: Path) -> None:
-    model, folder = saved(PISSA, tiny, tmp_path)
+def test_a_missing_weights_file_is_refused_before_the_model_is_touched(tiny: str, tmp_path: Path) -> None:
+    _, folder = saved(PISSA, tiny, tmp_path)
     os.remove(tmp_path / "adapter_model.safetensors")
-    refused(tiny, folder, "has neither adapter_model.safetensors nor adapter_model.bin", "Save the adapter again")
-    model.save_pretrained(folder, safe_serialization=False)
-    assert torch.equal(logits(PeftModel.from_pretrained(load(tiny), folder)), logits(model))
-    path = tmp_path / "adapter_model.bin"
-    path.write_bytes(path.read_bytes()[:-500])
-    refused(tiny, folder, r"adapter_model\.bin is damaged or was cut short", "Copy it again")
+    refused(tiny, folder, r"has no adapter_model\.safetensors", "Save the adapter again")
 
 
 @pytest.mark.parametrize("key", ["base_model.model.model.norm.weight", "base_model.model.lm_head.lora_A.weight"])

@@ -13,6 +13,7 @@ from ..peft_type import PREFIX
 from . import anchors
 from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DRIFT = (
     "The base is not the one the adapter was made on, but another storage or a fine-tuned relative of it, and outputs "
     "will differ accordingly"
@@ -37,9 +38,11 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
         if slot not in left_out(layer, adapter)
     }
     _check_keys(expected, state)
-    _check_others({key: value for key, value in state.items() if key not in expected})
+    _check_others(model, adapter, {key: value for key, value in state.items() if key not in expected})
     for key, (name, slot, shape) in expected.items():
         _check_value(name, slot, shape, state[key])
+    for path, layer in layers.items():
+        _check_core(layer, adapter, f"{path}.{PREFIX}", state)
     saved = {layer: state[f"{path}.{PREFIX}frozen.{adapter}.{FINGERPRINT}"] for path, layer in layers.items()}
     _warn_of_drift({layer.name: _check_base(layer, adapter, sketched) for layer, sketched in saved.items()})
 
@@ -93,16 +96,22 @@ def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: di
         )
 
 
-def _check_others(state: dict[str, Tensor]) -> None:
+def _check_others(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     """What a file may hold besides slots: modules_to_save, trained tokens, resized embeddings. Never a base weight."""
+    shapes = {_bare(name): tuple(value.shape) for name, value in model.named_parameters()} if state else {}
     for key, value in state.items():
-        if ".modules_to_save." not in key and ".token_adapter." not in key and not _is_embedding(key):
+        name = _bare(key)
+        own = (".modules_to_save." in key or ".token_adapter." in key) and f".{adapter}." in f"{key}."
+        if not own and not _is_embedding(key):
             raise ValueError(
-                f"{key.removeprefix('base_model.model.')}: the adapter's file has this tensor, which is none of the "
+                f"{name}: the adapter's file has this tensor, which is none of the "
                 "adapter's and might overwrite the base. Save the adapter again from its source."
             )
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{key.removeprefix('base_model.model.')} has NaN or infinite entries in the file.")
+        _check_value(name, "its value", shapes.get(name, tuple(value.shape)), value)
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("base_model.model.")
 
 
 def _is_embedding(key: str) -> bool:
@@ -117,8 +126,28 @@ def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) ->
             f"{name}: {slot} has to be of shape {shape}. Found {tuple(found.shape)} in the adapter's file: it was "
             "trained on another base model or with another r. Load the base that adapter_config.json names."
         )
+    if found.dtype not in DTYPES:
+        raise ValueError(f"{name}: {slot} has to be {DTYPES}. Found {found.dtype} in the adapter's file: use another.")
     if not torch.isfinite(found).all():
         raise ValueError(f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint.")
+
+
+def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor]) -> None:
+    """Where the core is made of what learns and of what is kept beside it, such as places in a matrix, it is made once.
+
+    Before any value is loaded: a place outside of the matrix would fail at the first forward pass.
+    """
+    held = (f"{prefix}learnt.{adapter}.", f"{prefix}frozen.{adapter}.")
+    slots = {key.rpartition(".")[2]: value.float() for key, value in state.items() if key.startswith(held)}
+    if "fixed" not in slots:
+        return
+    known = layer.adapters[adapter]
+    raw = sum((slots[name] for name in ("core", "core0") if name in slots), torch.zeros(()))
+    try:
+        core = known.config.core(raw, slots["fixed"], known.rank)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"{layer.name}: fixed in the adapter's file gives no core: {error}. Use another.") from error
+    _check_value(layer.name, "the core", tuple(core.shape), core)
 
 
 def _check_base(layer: Any, adapter: str, saved: Tensor) -> float:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-import zipfile
 from dataclasses import fields
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from ..methods.method import SpectralConfig, methods
+from . import file_fields, source
 
 
 class AdapterConfigFile(PeftConfig):
@@ -20,7 +17,7 @@ class AdapterConfigFile(PeftConfig):
 
     def __new__(cls, method: str | None = None, **given: Any) -> SpectralConfig:  # type: ignore[misc]
         known = methods()
-        if method not in known:
+        if not isinstance(method, str) or method not in known:
             raise ValueError(
                 f"adapter_config.json: `method` has to be one of {', '.join(sorted(known))}. Found {method!r}: upgrade "
                 "peft_kasa, or import the package that defines it."
@@ -33,35 +30,15 @@ class AdapterConfigFile(PeftConfig):
                 "peft_kasa and is ignored. Upgrade it.",
                 stacklevel=3,
             )
-        config = config_class(**{name: value for name, value in given.items() if name in names})
+        given = {name: value for name, value in given.items() if name in names}
+        file_fields.check(config_class, given)
+        config = config_class(**given)
         config.from_file = True  # type: ignore[misc]
         return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's; a local file of weights that cannot be read is refused before any model is touched."""
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-            _check_readable(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
-
-def _check_readable(folder: str) -> None:
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    pickled = os.path.join(folder, WEIGHTS_NAME)
-    try:
-        if os.path.isfile(path):
-            with safe_open(path, framework="pt"):
-                return
-        path = pickled
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}. Save the adapter again."
-            )
-        if not zipfile.is_zipfile(path):
-            raise SafetensorError("not a whole zip file")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or was cut short ({os.path.getsize(path)} bytes: {error}). Copy it again from its "
-            "source, or use another checkpoint."
-        ) from error
+        """As PEFT's; weights that cannot be read, or are a pickle, are refused before any model is touched."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        source.check(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
+        return config

@@ -75,7 +75,7 @@ def to_lora(
         >>> (config.r, report.rank, sorted(name.rpartition("model.")[2] for name in tensors))
         (2, 2, ['0.lora_A.weight', '0.lora_B.weight'])
     """
-    layers = _adapted(model, adapter)
+    layers = adapted(model, adapter)
     config = _config(model, adapter)
     require(rank is None or rank >= 1, "rank has to be at least 1", rank)
     extra = _beyond_slots(model, adapter, config, uniform)
@@ -139,7 +139,12 @@ def _refuse_to_replace(config: str) -> None:
     require(held != NAME, f"{os.path.dirname(config)} holds an adapter of the family: export to another folder", held)
 
 
-def _adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
+def adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
+    """The layers that have this adapter, with values, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
     settle(model, [adapter])
     layers = {m.name: m for m in model.modules() if isinstance(m, SpectralLinear) and adapter in m.adapters}
     known = sorted({name for m in model.modules() if isinstance(m, SpectralLinear) for name in m.adapters})

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..files import replacing
 from ..methods.method import require
 from ..peft_type import NAME, PREFIX
+from . import source
 from .config_file import AdapterConfigFile
 
 LEARNT, FROZEN = f".{PREFIX}learnt.", f".{PREFIX}frozen."
@@ -37,8 +38,8 @@ def average_cores(
         weights: of the adapters, such as the sizes of their data. None: all the same.
 
     Raises:
-        ValueError: another method or fields than the first's, more learnt than a linear core, frames that differ;
-            the message names the folder and the tensor. Nothing is written then.
+        ValueError: another method or fields than the first's, more learnt than a linear core, frames that differ, a
+            damaged file or a pickle; the message names the folder and the tensor. Nothing is written then.
 
     Example:
         >>> import tempfile, torch
@@ -78,7 +79,9 @@ def average_cores(
 
 def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = json.loads((Path(folder) / CONFIG_NAME).read_text())
+    require(isinstance(config, dict), f"{folder}: {CONFIG_NAME} has to hold an object", type(config).__name__)
     require(config.get("peft_type") == NAME, f"{folder}: peft_type has to be {NAME}", config.get("peft_type"))
+    source.check(folder)
     state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
     learnt = sorted({key.rpartition(".")[2] for key in state if LEARNT in key})
     rule = f"{folder}: only cores may learn, since the mean of several factors is not the mean of their products"

@@ -215,6 +215,9 @@ class Filling:
         if known.config.needs and not weight.is_meta and known.config.statistics is not None:
             known.config.statistics = located(known.config.statistics)
             evidence, sequences = known.config.statistics.evidence(self.name), known.config.statistics.seen
+            seen = tuple(evidence.shape) if isinstance(evidence, Tensor) else (len(evidence.mean),)
+            expected = tuple(weight.shape)[-len(seen) :]
+            require(seen == expected, f"{self.name}: its statistics have to be of shape {expected}", seen)
         return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence, sequences)
 
     @torch.no_grad()

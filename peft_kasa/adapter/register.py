@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import peft.peft_model
@@ -12,13 +14,16 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ..files import replacing
+from ..methods.method import require
 from ..peft_type import NAME, PREFIX
+from . import card, hub, source
 from .config_file import AdapterConfigFile
+from .starting import layers_of, withdraw
 from .tuner import SpectralModel
 
 
 def register() -> None:
-    """Registers the type's config reader and tuner, and makes its files be written whole or not at all."""
+    """Registers the type's config reader and tuner; its files are written whole or not at all, with a card of ours."""
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
     if known is None:
         register_peft_method(name=NAME.lower(), config_cls=AdapterConfigFile, model_cls=SpectralModel, prefix=PREFIX)
@@ -26,6 +31,51 @@ def register() -> None:
         raise ImportError(f"PEFT has a method named {NAME} of its own ({known.__module__}). Upgrade peft_kasa.")
     if not hasattr(peft.peft_model.safe_save_file, "wraps"):
         peft.peft_model.safe_save_file = _whole(peft.peft_model.safe_save_file)
+    _extend("create_or_update_model_card", _write_card)
+    _extend("push_to_hub", _push)
+    _extend("save_pretrained", _save)
+    _extend("load_adapter", _load)
+
+
+def _extend(name: str, ours: Callable[..., Any]) -> None:
+    """Makes a method of PeftModel, for models with adapters of the family, `ours(theirs, model, ...)`."""
+    theirs = getattr(peft.PeftModel, name)
+    if hasattr(theirs, "wraps"):
+        return
+
+    @functools.wraps(theirs)
+    def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model.base_model, SpectralModel):
+            return ours(theirs, model, *args, **kwargs)
+        return theirs(model, *args, **kwargs)
+
+    method.wraps = theirs  # type: ignore[attr-defined]
+    setattr(peft.PeftModel, name, method)
+
+
+def _write_card(theirs: Any, model: Any, output_dir: str) -> None:
+    card.write(output_dir, model, list(model.peft_config))
+
+
+def _push(theirs: Any, model: Any, repo_id: str, **options: Any) -> str:
+    return hub.push_adapters(model, repo_id, **options)
+
+
+def _save(theirs: Any, model: Any, save_directory: str, safe_serialization: bool = True, **kwargs: Any) -> None:
+    rule = "safe_serialization has to be True: a pickle may run code when it is read, so none is loaded or written"
+    require(safe_serialization, rule, safe_serialization)
+    theirs(model, save_directory, **kwargs)
+
+
+def _load(theirs: Any, model: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    if adapter_name in model.peft_config:  # no config is read then, and its reader does not check the weights
+        try:
+            source.check(model_id, **model._split_kwargs(kwargs)[0])
+        except ValueError:
+            if any(layer.adapters[adapter_name].awaiting for layer in layers_of(model, adapter_name)):
+                withdraw(model, adapter_name)
+            raise
+    return theirs(model, model_id, adapter_name, *args, **kwargs)
 
 
 def _whole(save: Any) -> Any:

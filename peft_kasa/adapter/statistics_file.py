@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,18 +74,8 @@ def head(path: Where) -> tuple[About, dict[str, int]]:
                 f"{path} holds no statistics of this version ({FORMAT!r}). Found {found.get('format')!r}: give the "
                 "file that calibrate wrote, or another `path` to write one."
             )
-        targets = tuple(json.loads(found["targets"]))
-        sketches = file.get_tensor("sketches")
-        about = About(
-            found["kind"],  # type: ignore[arg-type]
-            int(found["seen"]),
-            json.loads(found["complete"]),
-            found["digest"],
-            json.loads(found["labels_only"]),
-            targets,
-            dict(zip(targets, sketches, strict=True)),
-        )
-        index = json.loads(found["modules"])
+        about, index = _about(found, file.get_tensor("sketches")), json.loads(found["modules"])
+        _need(type(index) is dict and all(type(group) is int for group in index.values()), "modules")
         keys = {"sketches"} | {key for group in index.values() for key in _keys(group, about.kind)}
         if missing := keys - set(file.keys()):
             raise KeyError(sorted(missing)[0])
@@ -95,6 +85,8 @@ def head(path: Where) -> tuple[About, dict[str, int]]:
 def read(path: str, group: int, kind: str) -> Value:
     """The value of one group. Takes its own size, and a covariance half as much again."""
     with _opened(path) as file:
+        sizes = [tuple(file.get_slice(key).get_shape()) for key in _keys(group, kind)]
+        _need(_consistent(sizes), f"shapes {sizes} of group {group}")  # before anything of these sizes is made
         first, *rest = (file.get_tensor(key) for key in _keys(group, kind))
     if not all(torch.isfinite(part).all() for part in (first, *rest)):
         raise ValueError(f"{path} has NaN or infinite entries. Calibrate again, into another `path`.")
@@ -110,6 +102,33 @@ def shape(path: str, group: int, kind: str) -> tuple[int, ...]:
     """(n,) of a covariance, (m, n) of a gradient."""
     with _opened(path) as file:
         return tuple(file.get_slice(_keys(group, kind)[kind != "gradients"]).get_shape())
+
+
+def _about(found: Mapping[str, str], sketches: Tensor) -> About:
+    """What the metadata say, which anyone may have written."""
+    complete, labels_only, seen, targets = (
+        json.loads(found[name]) for name in ("complete", "labels_only", "seen", "targets")
+    )
+    _need(type(complete) is bool and type(labels_only) is bool and type(seen) is int and seen >= 0, "flags or counts")
+    _need(found["kind"] in get_args(Needs)[1:], "kind")
+    _need(type(targets) is list and all(type(name) is str for name in targets), "targets")
+    _need(tuple(sketches.shape) == (len(targets), SIDE, SIDE), "sketches")
+    named = dict(zip(targets, sketches, strict=True))
+    return About(found["kind"], seen, complete, found["digest"], labels_only, tuple(targets), named)  # type: ignore[arg-type]
+
+
+def _consistent(sizes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether these are the shapes of a gradient (m, n), or of a covariance: packed, mean (n,), count."""
+    first, *rest = sizes
+    if not rest:
+        return len(first) == 2
+    n = rest[0][0] if len(rest[0]) == 1 else 0
+    return n > 0 and first == (n * (n + 1) // 2,) and rest[1] == ()
+
+
+def _need(holds: bool, what: str) -> None:
+    if not holds:
+        raise TypeError(f"its {what} are not what calibrate writes")
 
 
 def _keys(group: int, kind: str) -> list[str]:
@@ -156,7 +175,7 @@ def _opened(path: Where) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or not a file of statistics ({os.path.getsize(path)} bytes: {error}). Delete it and "
             "calibrate again, or give another `path`."

@@ -18,6 +18,7 @@ from .anchors import PREFIX as ANCHOR
 from .base_weight import guard, unsupported
 from .budget import adopt, start
 from .combining import Combining
+from .file_fields import check_counts
 from .layer import SpectralLinear
 from .mixing import by_row, repeats
 from .naming import check_name
@@ -62,9 +63,11 @@ class SpectralModel(Combining, BaseTuner):
         check_name(adapter_name)
         settle(model)
         config: Any = self.peft_config[adapter_name]
-        values_follow = config.from_file or low_cpu_mem_usage or state_dict is not None
-        config.from_file = False  # told once: another adapter with this config starts afresh
+        from_file, config.from_file = config.from_file, False  # told once: another adapter with it starts afresh
+        values_follow = from_file or low_cpu_mem_usage or state_dict is not None
         try:
+            if from_file:
+                check_counts(config, sum(1 for _ in model.modules()))
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))

@@ -30,6 +30,7 @@ class CorDAConfig(SpectralConfig):
     """
 
     name = "corda"
+    paper = "2406.05223"
     needs = "scaled inputs"
 
     mode: Literal["instruction", "knowledge"] = "instruction"

@@ -30,6 +30,7 @@ class EVAConfig(SpectralConfig):
     """
 
     name = "eva"
+    paper = "2410.07170"
     source = "inputs, principal axes"
     needs = "inputs"
 

@@ -44,6 +44,7 @@ class KaSAConfig(SpectralConfig):
     """
 
     name = "kasa"
+    paper = "2412.06071"
     source = "nothing, and W's smallest triples leave"
     default_scale = 2.0
 

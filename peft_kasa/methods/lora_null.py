@@ -28,6 +28,7 @@ class LoRANullConfig(SpectralConfig):
     """
 
     name = "lora_null"
+    paper = "2503.02659"
     source = "W on the quietest axes of the inputs"
     needs = "scaled inputs"
 

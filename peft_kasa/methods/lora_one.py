@@ -29,6 +29,7 @@ class LoRAOneConfig(SpectralConfig):
     """
 
     name = "lora_one"
+    paper = "2502.01235"
     source = "-gradient, largest triples"
     needs = "gradients"
 

@@ -31,6 +31,7 @@ class LoRASBConfig(SpectralConfig):
     """
 
     name = "lora_sb"
+    paper = "2411.19557"
     source = "-sign(gradient), largest triples"
     needs = "gradients"
 

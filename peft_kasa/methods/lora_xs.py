@@ -29,6 +29,7 @@ class LoRAXSConfig(SpectralConfig):
     """
 
     name = "lora_xs"
+    paper = "2405.17604"
     source = "W, largest triples"
 
     sigma: Literal["right", "left"] = "right"

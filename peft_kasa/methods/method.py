@@ -64,6 +64,7 @@ class SpectralConfig(PeftConfig):
     """
 
     name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # its arXiv number, for the model card
     default_scale: ClassVar[float] = 1.0
     needs: ClassVar[Needs] = ""  # what the start asks of data
     compact: ClassVar[bool] = False  # what save_frames=None means is its opposite
@@ -119,8 +120,8 @@ class SpectralConfig(PeftConfig):
             require(rank is None or (type(rank) is int and rank >= 1), "r has to be a whole number of at least 1", rank)
         require(0 <= self.dropout < 1, "dropout has to be 0 <= dropout < 1", self.dropout)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            number = isinstance(alpha, int | float) and alpha > 0
-            require(alpha is None or number, "alpha has to be a number above 0", alpha)
+            number = isinstance(alpha, int | float) and 0 < alpha < math.inf
+            require(alpha is None or number, "alpha has to be a finite number above 0", alpha)
         frames = "save_frames has to be True: what comes from data cannot be computed again at loading"
         require(not self.needs or self.keeps_frames, frames, self.save_frames)
         ignored = self.use_rslora and self.alpha is None and not self.alpha_pattern

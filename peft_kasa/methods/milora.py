@@ -25,6 +25,7 @@ class MiLoRAConfig(SpectralConfig):
     """
 
     name = "milora"
+    paper = "2406.09044"
 
     part: Part = "bottom"
 

@@ -31,6 +31,7 @@ class NLoRAConfig(SpectralConfig):
     """
 
     name = "nlora"
+    paper = "2502.14482"
 
     variant: Literal["nlora", "slora", "inttune"] = "nlora"
     pseudo_inverse: bool = False

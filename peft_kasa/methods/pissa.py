@@ -28,6 +28,7 @@ class PiSSAConfig(SpectralConfig):
     """
 
     name = "pissa"
+    paper = "2404.02948"
 
     part: Part = "top"
 

@@ -34,6 +34,7 @@ class SORSAConfig(SpectralConfig):
     """
 
     name = "sorsa"
+    paper = "2409.00055"
     source = "W, largest triples"
 
     gamma: float = 0.21

@@ -29,6 +29,7 @@ class SpectralAdapterConfig(SpectralConfig):
     """
 
     name = "spectral_adapter"
+    paper = "2405.13952"
 
     variant: Literal["additive", "rotation"] = "additive"
     part: Part = "top"

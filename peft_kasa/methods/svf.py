@@ -34,6 +34,7 @@ class SVFConfig(SpectralConfig):
     """
 
     name = "svf"
+    paper = "2501.06252"
     source = "W, all triples"
     compact = True
 

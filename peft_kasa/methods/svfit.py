@@ -23,6 +23,7 @@ class SVFitConfig(SpectralConfig):
     """
 
     name = "svfit"
+    paper = "2409.05926"
     source = "W, largest triples"
 
     r: int = 128

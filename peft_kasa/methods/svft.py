@@ -37,6 +37,7 @@ class SVFTConfig(SpectralConfig):
     """
 
     name = "svft"
+    paper = "2405.19597"
     source = "W, all triples"
     compact = True
 

@@ -1,0 +1,108 @@
+"""Whether the fields of an adapter_config.json, which anyone may have written, are what the config declares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..methods.method import SpectralConfig
+
+FILE = "adapter_config.json"
+PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_modules", "exclude_modules", "layers_pattern")
+
+
+def check(config_class: type[SpectralConfig], given: Mapping[str, Any]) -> None:
+    """Checks each field against its annotation, and regular expressions against the worst of what they can cost.
+
+    Raises:
+        ValueError: another type; a number that is not finite; a path of statistics; nested repeats. It names the field.
+    """
+    hints = get_type_hints(config_class)
+    for name, value in given.items():
+        if not _fits(value, hints[name]):
+            kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            raise ValueError(f"{FILE}: {name} has to be {kind}. Found {value!r:.80}: restore the file from its source.")
+    if given.get("statistics") is not None:
+        raise ValueError(
+            f"{FILE}: statistics are not read from a file's config. Found {given['statistics']!r:.80}: delete the "
+            "field, and set `config.statistics` yourself."
+        )
+    for name, pattern in _patterns(given):
+        if _repeats_repeats(pattern):
+            raise ValueError(
+                f"{FILE}: {name} has a repeat inside a repeat, which may take for ever to match. Found "
+                f"{pattern!r:.80}: name the modules, or write the expression without."
+            )
+
+
+def check_counts(config: Any, modules: int) -> None:
+    """Refuses more patterns than the model has modules: each is tried on each.
+
+    Raises:
+        ValueError: it names the field.
+    """
+    for name in PATTERNS:
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str) and len(value) > modules:
+            raise ValueError(
+                f"{FILE}: {name} may have as many entries as the model has modules, {modules}. Found {len(value)}: "
+                "restore the file from its source."
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value as JSON has it is of the annotated type: lists stand for sets, whole numbers for floats too."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if kind in (list, set):
+        return isinstance(value, list | set | tuple) and all(_fits(item, *parts) for item in value)
+    if kind is dict and parts:
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) <= sys.float_info.max
+    return isinstance(value, str if issubclass(kind, Enum) else kind)
+
+
+def _patterns(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in PATTERNS:
+        value = given.get(name) or ()
+        for pattern in (value,) if isinstance(value, str) else value:
+            yield name, pattern
+
+
+def _repeats_repeats(pattern: str) -> bool:
+    """Whether a group that holds an unbounded repeat is itself repeated, as in `(a+)+`."""
+    groups, closed, i = [False], False, 0  # whether each open group, and the one just closed, holds a repeat
+    while i < len(pattern):
+        character, after, closed = pattern[i], closed, False
+        if character == "\\":
+            i += 1
+        elif character == "[":
+            i = _end_of_class(pattern, i)
+        elif character == "(":
+            groups.append(False)
+        elif character == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+        elif character in "*+{":
+            if after:
+                return True
+            groups[-1] = True
+        i += 1
+    return False
+
+
+def _end_of_class(pattern: str, start: int) -> int:
+    """Where the class that opens at `start` closes; `]` right after its opening is a member."""
+    i = start + 2 if pattern[start + 1 : start + 2] == "^" else start + 1
+    while (i := i + 1) < len(pattern) and pattern[i] != "]":
+        i += pattern[i] == "\\"
+    return i
