@@ -42,6 +42,7 @@ from .methods import (  # noqa: E402
 )
 from .training import callback as _callback  # noqa: E402
 from .training import regularise as _regularise  # noqa: E402
+from .training.groups import parameter_groups  # noqa: E402
 from .training.regularise import penalty  # noqa: E402
 
 _register()
@@ -76,6 +77,7 @@ __all__ = [
     "average_cores",
     "calibrate",
     "export_lora",
+    "parameter_groups",
     "penalty",
     "to_lora",
 ]
