@@ -115,7 +115,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             return result
         for name in names:
             self.settle(name)
-            self.adapters[name].trained |= self.training and torch.is_grad_enabled()
+            if self.training and torch.is_grad_enabled():
+                self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
         return result + self._update(x, names).to(result.dtype)
 
     def _update(self, x: Tensor, names: list[str]) -> Tensor:
