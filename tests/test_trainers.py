@@ -68,11 +68,13 @@ def test_transformers_trainer(member: Member, tiny: str, tmp_path: Path) -> None
     causal(Trainer(adapted(member, tiny), arguments, train_dataset=DATA), tiny, tmp_path)
 
 
-@each_member
-def test_sft_packed_and_accumulated(member: Member, tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("member", "strategy"), [(m, "bfd") for m in MEMBERS] + [(m, "wrapped") for m in FORMS], ids=str
+)
+def test_sft_packed_and_accumulated(member: Member, strategy: str, tiny: str, tmp_path: Path) -> None:
     given = {**SHORT, "packing": True, "max_length": 16, "gradient_accumulation_steps": 2}
     del given["report_to"], given["use_cpu"], given["disable_tqdm"], given["per_device_train_batch_size"]
-    trainer = sft(adapted(member, tiny), tmp_path, packing_strategy="wrapped", **given)
+    trainer = sft(adapted(member, tiny), tmp_path, packing_strategy=strategy, **given)
     assert {len(row["input_ids"]) for row in trainer.train_dataset} == {16}  # two rows of 8 in each
     causal(trainer, tiny, tmp_path)
 
@@ -123,9 +125,9 @@ def test_sft_with_gradient_checkpointing(member: Member, reentrant: bool, tiny: 
     assert found[0] == pytest.approx(found[1], abs=2e-4)  # logs are rounded to four digits
 
 
-def even(completions: list[str], **_: Any) -> list[float]:
-    """A reward: the share of even numbers."""
-    return [sum(word.isdigit() and int(word) % 2 == 0 for word in text.split()) / 8 for text in completions]
+def every_other(completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs within a group, whatever was sampled: equal ones give no gradient."""
+    return [float(index % 2) for index in range(len(completions))]
 
 
 @each_member
@@ -137,7 +139,7 @@ def test_grpo(member: Member, tiny: str, tmp_path: Path) -> None:
     rows = Dataset.from_list([{"prompt": "1 2 3"}, {"prompt": "7 9"}] * 2)
     model = adapted(member, tiny)
     before = logits(model)
-    trainer = GRPOTrainer(model, even, arguments, train_dataset=rows, processing_class=_tokenizer())
+    trainer = GRPOTrainer(model, every_other, arguments, train_dataset=rows, processing_class=_tokenizer())
     causal(trainer, tiny, tmp_path)
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kl[0] == pytest.approx(0, abs=1e-7)
