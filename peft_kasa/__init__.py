@@ -43,6 +43,7 @@ from .methods import (  # noqa: E402
 )
 from .training import callback as _callback  # noqa: E402
 from .training import regularise as _regularise  # noqa: E402
+from .training.groups import parameter_groups  # noqa: E402
 from .training.regularise import penalty  # noqa: E402
 
 _register()
@@ -77,6 +78,7 @@ __all__ = [
     "average_cores",
     "calibrate",
     "export_lora",
+    "parameter_groups",
     "penalty",
     "push_to_hub",
     "to_lora",

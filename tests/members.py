@@ -189,3 +189,4 @@ VARIANTS = [  # what else a config can be: against the papers, and the contract 
 
 REGULARIZED = [member for member in MEMBERS if member.regularized]
 IDENTICAL = [member for member in MEMBERS if member.identity]
+FORMS = list({member.learns: member for member in reversed(MEMBERS)}.values())  # one for each set of slots that learn

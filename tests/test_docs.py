@@ -91,7 +91,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps are enough to see that a recipe runs."""
     few = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-    for arguments in (trl.SFTConfig, trl.DPOConfig):
+    for arguments in (trl.SFTConfig, trl.DPOConfig, trl.GRPOConfig, trl.RewardConfig):
 
         def short(self: Any, *args: Any, whole: Any = arguments.__init__, **given: Any) -> None:
             few_steps = {"max_steps": 2} if "max_steps" in given else {}

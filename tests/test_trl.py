@@ -23,7 +23,7 @@ each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 IDS = [[(7 * row + column) % 60 for column in range(8)] for row in range(16)]
 
 
-def sft(model: Any, folder: Path, config: Any = None, **given: Any) -> SFTTrainer:
+def sft(model: Any, folder: Path, config: Any = None, optimizers: Any = (None, None), **given: Any) -> SFTTrainer:
     given = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1, "bf16": False} | given
     arguments = SFTConfig(
         output_dir=str(folder),
@@ -34,7 +34,9 @@ def sft(model: Any, folder: Path, config: Any = None, **given: Any) -> SFTTraine
         **given,
     )
     rows = Dataset.from_dict({"input_ids": IDS})
-    return SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer(), peft_config=config)
+    return SFTTrainer(
+        model, arguments, train_dataset=rows, processing_class=_tokenizer(), peft_config=config, optimizers=optimizers
+    )
 
 
 @each_member

@@ -37,6 +37,8 @@ class BaseWeight:
         weight: Any = self.layer.weight
         if self._scales is not None:
             weight = self._dequantized_4bit(weight, as_repacked)
+        elif getattr(self.layer, "state", None) is not None:
+            weight = _dequantized_8bit(self.layer)
         elif self.backend is not None:
             weight = self.backend.get_base_weight(self.layer)
         weight = weight.detach().to(torch.float32)
@@ -110,6 +112,14 @@ class BaseWeight:
                 state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
             state.absmax, state.nested = state.absmax.bfloat16().float(), False
         return bnb.dequantize_4bit(nibbles, state)
+
+
+def _dequantized_8bit(layer: Any) -> Tensor:
+    """As PEFT reads it, in terms that torch.compile can trace (not the weight's class), and writing nothing."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    return int8_vectorwise_dequant(layer.weight.data, scales.to(layer.weight.device))
 
 
 class _Apply(torch.autograd.Function):

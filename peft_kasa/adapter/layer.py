@@ -119,7 +119,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             return result
         for name in names:
             self.settle(name)
-            self.adapters[name].trained |= self.training and torch.is_grad_enabled()
+            if self.training and torch.is_grad_enabled():
+                self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
         return self.updated(result, x, names)
 
     def updated(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:

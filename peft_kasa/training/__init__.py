@@ -1,1 +1,1 @@
-"""What happens at an optimiser's step: regularisers and float32 masters."""
+"""What happens at an optimiser's step: regularisers, float32 masters and learning rates by slot."""
