@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from ..spectral import Engine
-from ..spectral.sweep import sweep
 from .filling import given_rank
 from .layer import SpectralLinear
-from .starting import begin, job, layers_of, named_layers, take_out
+from .starting import begin, job, layers_of, named_layers, run, take_out
 
 
 def start(model: nn.Module, adapter: str, again: bool = False) -> None:
@@ -124,7 +123,7 @@ def _shares(layers: list[SpectralLinear], adapter: str) -> dict[str, Tensor]:
         found[layer.name] = torch.zeros(most, dtype=torch.float64)
         work = partial(_measure, layer, adapter, engine, found[layer.name])
         jobs.append(job(layer, adapter, work, [found[layer.name]]))
-    sweep(jobs, f"{config.name}: choosing ranks")
+    run(layers, jobs, f"{config.name}: choosing ranks")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -17,6 +18,9 @@ from .anchors import PREFIX as ANCHOR
 from .base_weight import guard
 from .checkpoint import left_out
 from .layer import SpectralLinear
+from .sharding import in_parts
+
+TOGETHER = 8  # weights in parts that are put together at a time: about a block's
 
 
 def all_layers(model: nn.Module) -> Iterator[SpectralLinear]:
@@ -46,7 +50,7 @@ def begin(layers: list[SpectralLinear], adapter: str) -> None:
         job(layer, adapter, partial(layer.begin, adapter, engine), list(layer.slots(adapter).values()))
         for layer in layers
     ]
-    sweep(jobs, f"{method}: decomposing")
+    run(layers, jobs, f"{method}: decomposing")
     for layer in layers:
         layer.remember(adapter)  # those that another rank computed too
 
@@ -63,7 +67,7 @@ def frames(layers: dict[str, SpectralLinear], adapter: str, state: dict[str, Ten
         own = {slot: torch.empty(shape, dtype=torch.float32, device=device) for slot, shape in shapes.items()}
         found |= {key + slot: value for slot, value in own.items()}
         jobs.append(job(layer, adapter, partial(_copy_frames, layer, adapter, saved, engine, own), list(own.values())))
-    sweep(jobs, "computing frames")
+    run(list(layers.values()), jobs, "computing frames")
     return found
 
 
@@ -78,6 +82,17 @@ def job(layer: SpectralLinear, adapter: str, work: Callable[[], None], results: 
     """Work on one layer as the sweep takes it."""
     shape, device = (layer.out_features, layer.in_features), layer.base_layer.weight.device
     return Job(layer.name, shape, device, work, results, partial(_about, layer, adapter))
+
+
+def run(layers: list[SpectralLinear], jobs: list[Job], title: str) -> None:
+    """Runs a job for each layer. Weights that processes hold in parts are put together for it, a few at a time."""
+    divided = any(in_parts(layer.base_layer.weight) for layer in layers)
+    step = TOGETHER if divided else max(len(jobs), 1)
+    for first in range(0, max(len(jobs), 1), step):
+        with ExitStack() as stack:
+            for layer in layers[first : first + step]:
+                stack.enter_context(layer.base.gathered())
+            sweep(jobs[first : first + step], title)
 
 
 def _about(layer: SpectralLinear, adapter: str) -> object:

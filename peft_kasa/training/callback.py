@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from ..adapter.starting import all_layers
+from .held import Held, in_zero
 from .regularise import _learning, _regularized, penalty, warn_unheld
 
 
@@ -28,9 +29,9 @@ class SpectralCallback(TrainerCallback):
         restore_masters(model, args)
         if model is None or optimizer is None:
             return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = Held(optimizer)
         terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
-        unheld = [term for term in terms if not any(id(p) in held for p in _learning(*term))]
+        unheld = [term for term in terms if not any(p in held or in_zero(p) for p in _learning(*term))]
         if unheld:
             warn_unheld(unheld)
 

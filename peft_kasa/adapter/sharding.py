@@ -1,0 +1,48 @@
+"""Tensors that several processes hold in parts: FSDP2's DTensors, and DeepSpeed ZeRO-3's parameters.
+
+Reading one as a whole is a collective: every process has to do it, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together where it is in parts; itself where it is not."""
+    return wholes({"": tensor})[""]
+
+
+def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same for several. From DTensors gradients flow back; what ZeRO-3 has in parts comes as a detached copy."""
+    parts = [tensor for tensor in tensors.values() if _in_zero(tensor)]
+    copies: dict[int, Tensor] = {}
+    if parts:
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(parts):
+            copies = {id(tensor): tensor.detach().clone() for tensor in parts}
+    return {name: copies.get(id(tensor), _full(tensor)) for name, tensor in tensors.items()}
+
+
+def in_parts(tensor: Tensor) -> bool:
+    """Whether this process has a part of the tensor only."""
+    return isinstance(tensor, DTensor) or _in_zero(tensor)
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _full(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _in_zero(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_shape") and tensor.shape != whole_shape(tensor)
