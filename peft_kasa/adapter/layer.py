@@ -16,7 +16,7 @@ from . import slots as slot
 from .base_weight import BaseWeight
 from .filling import Adapter, Filling
 from .merging import Merging
-from .sharding import whole_shape, wholes
+from .sharding import at_hand, whole_shape, wholes
 
 living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at every optimiser's step
 
@@ -33,8 +33,6 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         name: the module's name in the model, used in errors and seeds.
     """
 
-    # To DeepSpeed ZeRO-3: gather all that is below as well when this is called. Its slots have no `forward` of their own.
-    _z3_leaf = True
     adapter_layer_names = (PREFIX + "learnt", PREFIX + "frozen")
     other_param_names = ("adapters",)
 
@@ -124,7 +122,13 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         for name in names:
             self.settle(name)
             self.adapters[name].trained |= self.training and torch.is_grad_enabled()
-        return result + self._update(x, names).to(result.dtype)
+        with at_hand(self, self._used(names)):
+            return result + self._update(x, names).to(result.dtype)
+
+    def _used(self, names: list[str]) -> list[Tensor]:
+        every = [self.slots(name) for name in names]
+        weight = [self.base_layer.weight] if any(map(slot.through_base, every)) else []
+        return [value for slots in every for value in slots.values()] + weight
 
     def _update(self, x: Tensor, names: list[str]) -> Tensor:
         whole: list[slot.Product] = []  # those that share the input

@@ -5,11 +5,12 @@ Reading one as a whole is a collective: every process has to do it, in the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -28,6 +29,19 @@ def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with GatheredParameters(parts):
             copies = {id(tensor): tensor.detach().clone() for tensor in parts}
     return {name: copies.get(id(tensor), _full(tensor)) for name, tensor in tensors.items()}
+
+
+def at_hand(module: nn.Module, tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Puts ZeRO-3's together for a module's forward and backward pass: for those that modules below it hold.
+
+    From then on DeepSpeed knows that the module uses them, and does so by itself.
+    """
+    parts = [tensor for tensor in tensors if _in_zero(tensor)]
+    if not parts:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parts, fwd_module=module)
 
 
 def in_parts(tensor: Tensor) -> bool:
