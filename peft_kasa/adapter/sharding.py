@@ -21,12 +21,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same for several. From DTensors gradients flow back; what ZeRO-3 has in parts comes as a detached copy."""
-    parts = [tensor for tensor in tensors.values() if _in_zero(tensor)]
+    parts = [tensor for tensor in tensors.values() if _apart(tensor)]
     copies: dict[int, Tensor] = {}
     if parts:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters(parts):
+        with zero.GatheredParameters(parts):
             copies = {id(tensor): tensor.detach().clone() for tensor in parts}
     return {name: copies.get(id(tensor), _full(tensor)) for name, tensor in tensors.items()}
 
@@ -36,17 +36,17 @@ def at_hand(module: nn.Module, tensors: Iterable[Tensor]) -> AbstractContextMana
 
     From then on DeepSpeed knows that the module uses them, and does so by itself.
     """
-    parts = [tensor for tensor in tensors if _in_zero(tensor)]
+    parts = [tensor for tensor in tensors if _apart(tensor)]
     if not parts:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    return GatheredParameters(parts, fwd_module=module)
+    return zero.GatheredParameters(parts, fwd_module=module)
 
 
 def in_parts(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor only."""
-    return isinstance(tensor, DTensor) or _in_zero(tensor)
+    """Whether processes hold the tensor in parts, though it may have been put together for now."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_shape")
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -58,5 +58,6 @@ def _full(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _in_zero(tensor: Tensor) -> bool:
+def _apart(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 has it in parts now."""
     return hasattr(tensor, "ds_shape") and tensor.shape != whole_shape(tensor)
