@@ -1,6 +1,6 @@
 """One of the two processes of tests/test_distributed.py: trains members in the given ways, saves, notes what it saw.
 
-    torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER ddp fsdp
+torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER ddp fsdp
 """
 
 from __future__ import annotations

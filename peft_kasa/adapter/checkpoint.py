@@ -27,7 +27,8 @@ def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> N
     Tensors that are whole in it stay, so that one process can save what all have gathered.
     """
     keys = _keys(path, layer, adapter)
-    given = {slot: state.pop(key, None) for slot, (key, _) in keys.items()}
+    copies = layer.adapters[adapter].frozen
+    given = {slot: state.pop(key, copies.get(slot)) for slot, (key, _) in keys.items()}
     asked = {
         slot: value if (found := given[slot]) is None or found.shape != whole_shape(value) else found
         for slot, (_, value) in keys.items()

@@ -36,6 +36,7 @@ class Adapter:
     peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
     trained: bool = False  # a forward pass has asked for its gradients
     masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # copies of what ZeRO-3 has in parts and does not save
 
     @property
     def uncalibrated(self) -> bool:

@@ -46,7 +46,12 @@ def at_hand(module: nn.Module, tensors: Iterable[Tensor]) -> AbstractContextMana
 
 def in_parts(tensor: Tensor) -> bool:
     """Whether processes hold the tensor in parts, though it may have been put together for now."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_shape")
+    return isinstance(tensor, DTensor) or in_zero3(tensor)
+
+
+def in_zero3(tensor: Tensor) -> bool:
+    """Whether it is DeepSpeed ZeRO-3 that has it so."""
+    return hasattr(tensor, "ds_shape")
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -60,4 +65,4 @@ def _full(tensor: Any) -> Tensor:
 
 def _apart(tensor: Tensor) -> bool:
     """Whether ZeRO-3 has it in parts now."""
-    return hasattr(tensor, "ds_shape") and tensor.shape != whole_shape(tensor)
+    return in_zero3(tensor) and tensor.shape != whole_shape(tensor)

@@ -52,7 +52,7 @@ class Held:
         return None
 
 
-def in_zero(parameter: Tensor) -> bool:
+def stepped_by_zero(parameter: Tensor) -> bool:
     """Whether DeepSpeed ZeRO steps this parameter, in this process or in another."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
 

@@ -23,7 +23,7 @@ from ..adapter.layer import Adapter, SpectralLinear, living
 from ..adapter.slots import LEARNABLE
 from ..adapter.starting import all_layers, settle
 from ..spectral import LowRank
-from .held import Held, in_zero
+from .held import Held, stepped_by_zero
 
 Term = tuple[SpectralLinear, str]  # a layer and one of its adapters
 
@@ -91,7 +91,7 @@ def _terms(optimizer: Optimizer) -> list[Term]:
         for name in _regularized(layer):
             if any(parameter in held for parameter in _learning(layer, name)):
                 terms.append((layer, name))
-            elif layer.adapters[name].trained and not any(map(in_zero, _learning(layer, name))):
+            elif layer.adapters[name].trained and not any(map(stepped_by_zero, _learning(layer, name))):
                 unheld.append((layer, name))
     _claimed.update(layer for layer, _ in terms)
     _suspect(unheld)
