@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from peft_kasa import to_lora
+from peft_kasa.adapter.sharding import whole
+from peft_kasa.training.callback import keep_frozen
 
 STEPS, ROWS = 10, 4
 STRONG: dict[str, dict[str, Any]] = {"kasa": {"beta": 1.0, "gamma": 1.0, "form": "paper"}, "sorsa": {"gamma": 1.0}}
@@ -29,9 +31,19 @@ TRIED = [m for m in MEMBERS if m.name in ("kasa", "sorsa", "pissa", "svf", "svft
 Step = Callable[[Tensor], float]  # this process's rows to its loss
 
 
-def build(member: Member, **given: Any) -> PeftModel:
+def build(member: Member, base: nn.Module | None = None) -> PeftModel:
     """The member on the tiny model, with a strong regulariser where it has one."""
-    return get_peft_model(bases.fresh(), member.config(**STRONG.get(member.name, {}), **given))
+    return get_peft_model(base or bases.fresh(), member.config(**STRONG.get(member.name, {})))
+
+
+def divided() -> nn.Module:
+    """The tiny model as ZeRO-3 loads one: in parts from the beginning."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled first, for minutes
+    base = bases.fresh()
+    deepspeed.zero.Init(module=base, config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}})
+    return base
 
 
 def adam(model: nn.Module) -> torch.optim.AdamW:
@@ -105,13 +117,22 @@ def train(model: PeftModel, way: Callable[[Any], Step], rank: int = 0, ranks: in
 
 
 def save(model: PeftModel, way: str, folder: Path) -> None:
-    """By all processes together; under FSDP2, also by the first alone, of what all have gathered."""
+    """By all processes together; where it is in parts also by the first alone, of what all have gathered."""
     first = dist.get_rank() == 0
     model.save_pretrained(folder / "all", is_main_process=first)
+    state = gathered(model, way, first)
+    if state and first:
+        model.save_pretrained(folder / "first", state_dict=state)
+
+
+def gathered(model: PeftModel, way: str, first: bool) -> dict[str, Any]:
+    """What torch gathers of FSDP2, and what DeepSpeed gathers for Trainer's saves: only what learns."""
     if way == "fsdp":
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if first:
-            model.save_pretrained(folder / "first", state_dict=state)
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if way == "zero3":
+        keep_frozen(model, first)
+        return {name: whole(value).detach() for name, value in model.named_parameters() if value.requires_grad}
+    return {}
 
 
 def refusals(model: PeftModel, folder: Path) -> list[str]:
@@ -127,7 +148,7 @@ def refusals(model: PeftModel, folder: Path) -> list[str]:
 
 def run(way: str, member: Member, folder: Path) -> dict[str, Any]:
     """What the first process is to note of one member."""
-    model = build(member)
+    model = build(member, divided() if way == "zero3" else None)
     losses = train(model, WAYS[way], dist.get_rank(), dist.get_world_size())
     dist.all_reduce(losses)
     save(model, way, folder)

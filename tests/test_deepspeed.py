@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO-2 and -3 in two processes, with gradient accumulation, train as one process does."""
+"""DeepSpeed ZeRO-2 and -3 in two processes, with gradient accumulation, train as one process does.
+
+Under ZeRO-3 the base is in parts before there is an adapter.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from distributed_worker import TRIED, build, plain, train
 from launch import torchrun
 from members import Member
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from peft_kasa import to_lora
 
@@ -54,6 +58,15 @@ def test_what_is_saved_gives_the_same_logits_and_lora(member: Member, way: str, 
     expected = to_lora(model)[1]
     assert expected.keys() == found["lora"].keys()
     assert all(torch.equal(value, found["lora"][key]) for key, value in expected.items())
+
+
+@each_member
+def test_the_first_process_saves_the_same_of_what_learns(member: Member, folder: Path) -> None:
+    """As Trainer does; frozen slots it has copies of."""
+    saved = folder / "zero3" / member.name
+    together, alone = (load_file(saved / way / "adapter_model.safetensors") for way in ("all", "first"))
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[key], alone[key]) for key in alone)
 
 
 @each_member
