@@ -97,9 +97,9 @@ def test_effective_over_intended_is_one_on_four_bits(member: Member, tiny: str) 
 
 
 @each_regularized
-@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
-def test_effective_over_intended_is_one_in_two_processes(member: Member, shard: bool, tiny: str) -> None:
-    ratio, off = effect.ddp(partial(model_of, member.name, tiny), batches(2), shard=shard)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_effective_over_intended_is_one_in_two_processes(member: Member, way: str, tiny: str) -> None:
+    ratio, off = effect.ddp(partial(model_of, member.name, tiny), batches(2), way=way)
     assert ratio == pytest.approx(1, abs=0.005)
     assert off < 0.02
 

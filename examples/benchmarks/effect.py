@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback
 
 from peft_kasa import penalty
+from peft_kasa.adapter.sharding import whole
 
 Step = Callable[[nn.Module], None]
 
@@ -47,8 +47,7 @@ def effect(model: Any, step: Step) -> tuple[float, float]:
         twin = copy.deepcopy(model)
         switch(twin, on)
         step(twin)
-        values = (value.full_tensor() if isinstance(value, DTensor) else value for value in learning(twin))
-        after.append(torch.cat([value.detach().flatten() for value in values]))
+        after.append(torch.cat([whole(value).detach().flatten() for value in learning(twin)]))
     effective = after[1] - after[0]
     ratio = (effective @ intended / (intended @ intended)).item()
     return ratio, ((effective - ratio * intended).norm() / intended.norm()).item()
@@ -190,23 +189,35 @@ def travelled(trainer: Any, steps: int = 1000, lr: float = 2e-5) -> float:
 
 
 def ddp(
-    make: Callable[[], Any], batches: list[torch.Tensor], processes: int = 2, shard: bool = False
+    make: Callable[[], Any], batches: list[torch.Tensor], processes: int = 2, way: str = "ddp"
 ) -> tuple[float, float]:
-    """`effect` under DistributedDataParallel, or FSDP2 with `shard`. `make` builds the model in each process."""
+    """`effect` under DistributedDataParallel, FSDP2 ("fsdp") or DeepSpeed ("zero1", "zero2", "zero3").
+
+    `make` builds the model in each process; each takes its share of the batches.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(_rank, (processes, port, make, batches, folder, shard), processes)
+        mp.spawn(_rank, (processes, port, make, batches, folder, way), processes)
         found = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(processes)]
     return max(found, key=lambda pair: abs(pair[0] - 1))
 
 
 def _rank(
-    rank: int, processes: int, port: int, make: Callable[[], Any], batches: list[torch.Tensor], out: str, shard: bool
+    rank: int, processes: int, port: int, make: Callable[[], Any], batches: list[torch.Tensor], out: str, way: str
 ) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    mine = batches[rank::processes]
+    step = zero(mine, int(way[-1])) if way.startswith("zero") else sharded_or_not(mine, way == "fsdp")
+    torch.save(effect(make(), step), os.path.join(out, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def sharded_or_not(batches: list[torch.Tensor], shard: bool) -> Step:
+    """DDP, or FSDP2 with a group for each block."""
 
     def step(model: nn.Module) -> None:
         if shard:
@@ -214,8 +225,29 @@ def _rank(
                 fully_shard(block)
         wrapped = fully_shard(model) if shard else nn.parallel.DistributedDataParallel(model)
         optimizer = sgd(model)
-        backward(wrapped.train(), batches[rank::processes], lambda loss: loss)
+        backward(wrapped.train(), batches, lambda loss: loss)
         optimizer.step()
 
-    torch.save(effect(make(), step), os.path.join(out, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return step
+
+
+def zero(batches: list[torch.Tensor], stage: int) -> Step:
+    """DeepSpeed, with gradient accumulation over the batches; in ZeRO-3 all is in parts, however small."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled first, for minutes
+    settings = {
+        "train_micro_batch_size_per_gpu": len(batches[0]),
+        "gradient_accumulation_steps": len(batches),
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+
+    def step(model: nn.Module) -> None:
+        engine = deepspeed.initialize(model=model.train(), optimizer=sgd(model), config=settings)[0]
+        for ids in batches:
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+
+    return step

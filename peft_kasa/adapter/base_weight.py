@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from .sharding import in_parts, whole
 
 
 class BaseWeight:
@@ -28,20 +33,31 @@ class BaseWeight:
         self.backend = resolve_quantization_backend(layer, **quantization)
         self.transposed = isinstance(layer, Conv1D)
         self._scales = _kept_scales(layer) or self._current_scales()
+        self._gathered: Tensor | None = None
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keeps a weight that processes hold in parts as a whole, so that any of them may read it, or none."""
+        self._gathered = whole(self.layer.weight).detach() if in_parts(self.layer.weight) else None
+        try:
+            yield
+        finally:
+            self._gathered = None
 
     def matrix(self, as_repacked: bool = False) -> Tensor:
         """(out, in), float32, a copy unless the layer holds it so; on the meta device if the layer is there.
 
         With `as_repacked`, 4-bit scales are rounded to bfloat16 as repacking does: the same whether or not it happened.
+        Of a weight in parts every process has to read it, or `gathered` before.
         """
-        weight: Any = self.layer.weight
+        weight: Any = self.layer.weight if self._gathered is None else self._gathered
         if self._scales is not None:
             weight = self._dequantized_4bit(weight, as_repacked)
         elif getattr(self.layer, "state", None) is not None:
             weight = _dequantized_8bit(self.layer)
         elif self.backend is not None:
             weight = self.backend.get_base_weight(self.layer)
-        weight = weight.detach().to(torch.float32)
+        weight = whole(weight).detach().to(torch.float32)
         return weight.T if self.transposed else weight
 
     def apply(self, x: Tensor) -> Tensor:
@@ -191,6 +207,8 @@ def unsupported(layer: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads this weight without calling the layer, so an adapter would have no effect"
     if hasattr(layer, "parametrizations"):
         return "its weight is a parametrization of another. Remove that first (torch.nn.utils.parametrize)"
+    if isinstance(getattr(layer, "weight", None), DTensor):
+        return "its weight is sharded already, and adapters would not be. Shard the model after get_peft_model"
     if isinstance(layer, nn.Linear | Conv1D) and resolve_quantization_backend(layer) is None:
         return None
     backend = resolve_quantization_backend(layer)

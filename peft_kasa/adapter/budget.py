@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..peft_type import PREFIX
 from ..spectral import Engine
-from ..spectral.sweep import sweep
 from .filling import given_rank
+from .jobs import job, run
 from .layer import SpectralLinear
 from .naming import exactly, target
-from .starting import begin, job, layers_of, named_layers, take_out
+from .starting import begin, layers_of, named_layers, take_out
 
 
 def start(model: nn.Module, adapter: str, again: bool = False) -> None:
@@ -123,8 +123,8 @@ def _shares(layers: list[SpectralLinear], adapter: str) -> dict[str, Tensor]:
         most = min(math.floor(config.rank_spread * (config.r or size)), size)
         found[layer.name] = torch.zeros(most, dtype=torch.float64)
         work = partial(_measure, layer, adapter, engine, found[layer.name])
-        jobs.append(job(layer, adapter, work, [found[layer.name]]))
-    sweep(jobs, f"{config.name}: choosing ranks")
+        jobs.append(([layer], job(layer, adapter, work, [found[layer.name]])))
+    run(jobs, f"{config.name}: choosing ranks")
     return found
 
 

@@ -1,8 +1,9 @@
-"""Whether an adapter's file fits the model it is loaded into. Every refusal names the module and the remedy."""
+"""What an adapter's file holds, and whether it fits the model. Every refusal names the module and the remedy."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,12 +13,53 @@ from torch import Tensor, nn
 from ..peft_type import PREFIX
 from . import anchors
 from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
+from .sharding import in_parts, whole_shape, wholes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DRIFT = (
     "The base is not the one the adapter was made on, but another storage or a fine-tuned relative of it, and outputs "
     "will differ accordingly"
 )
+
+
+def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> None:
+    """Makes a state dict hold what the adapter's file has of a layer: whole tensors, anchors in place of frames.
+
+    Tensors that are whole in it stay, so that one process can save what all have gathered.
+    """
+    keys = _keys(path, layer, adapter)
+    copies = layer.adapters[adapter].frozen
+    given = {slot: state.pop(key, copies.get(slot)) for slot, (key, _) in keys.items()}
+    asked = {
+        slot: value if (found := given[slot]) is None or found.shape != whole_shape(value) else found
+        for slot, (_, value) in keys.items()
+    }
+    slots = {slot: value.detach() for slot, value in wholes(asked).items()}
+    kept = {slot: value for slot, value in slots.items() if not slot.startswith(anchors.PREFIX)}
+    if not layer.adapters[adapter].config.keeps_frames:
+        kept |= anchors.anchors(kept, layer.learnt(adapter))
+    without = left_out(layer, adapter)
+    state |= {keys[slot][0]: value for slot, value in kept.items() if slot not in without}
+
+
+def _keys(path: str, layer: Any, adapter: str) -> dict[str, tuple[str, Tensor]]:
+    """Each slot's key in a state dict, and its value in the layer."""
+    holders = {"learnt": layer.peft_kasa_learnt[adapter], "frozen": layer.peft_kasa_frozen[adapter]}
+    return {
+        slot: (f"{path}.{PREFIX}{kind}.{adapter}.{slot}", value)
+        for kind, holder in holders.items()
+        for slot, value in holder.named_parameters()
+    }
+
+
+def check_undivided(layers: Iterable[Any], adapter: str) -> None:
+    """Raises ValueError where processes hold the adapter's own tensors in parts, which a file would not fit."""
+    for layer in layers:
+        if any(in_parts(value) for value in layer.slots(adapter).values()):
+            raise ValueError(
+                f"{layer.name}: adapter {adapter!r} is sharded over processes already, and its file is not. Load it "
+                "before fully_shard or deepspeed.initialize."
+            )
 
 
 def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
@@ -31,10 +73,9 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     }
     layers = {path: layer for path, layer in ours.items() if adapter in layer.adapters}
     expected = {
-        f"{path}.{PREFIX}{holder}.{adapter}.{slot}": (layer.name, slot, tuple(value.shape))
+        key: (layer.name, slot, tuple(value.shape))
         for path, layer in layers.items()
-        for holder, slots in (("learnt", layer.peft_kasa_learnt), ("frozen", layer.peft_kasa_frozen))
-        for slot, value in slots[adapter].named_parameters()
+        for slot, (key, value) in _keys(path, layer, adapter).items()
         if slot not in left_out(layer, adapter)
     }
     _check_keys(expected, state)
@@ -61,7 +102,7 @@ def arrived(layer: Any, adapter: str) -> bool:
         ValueError: if it filled only some, or from another base.
     """
     name, without = layer.name, left_out(layer, adapter)
-    slots = {slot: value for slot, value in layer.slots(adapter).items() if slot not in without}
+    slots = {slot: value for slot, value in layer.whole_slots(adapter).items() if slot not in without}
     if empty := [slot for slot, value in slots.items() if value.is_meta]:
         raise ValueError(
             f"{name}: {', '.join(empty)} of adapter {adapter!r} hold no values. Load them from its file, or "

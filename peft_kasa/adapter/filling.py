@@ -20,6 +20,7 @@ from ..spectral.plan import Ask, Outline, Solver
 from . import anchors, checkpoint
 from . import slots as slot
 from .fingerprint import FINGERPRINT, SIDE, sketch
+from .sharding import whole
 from .statistics import located
 
 
@@ -36,6 +37,7 @@ class Adapter:
     peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
     trained: bool = False  # a forward pass has asked for its gradients
     masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # copies of what ZeRO-3 has in parts and does not save
 
     @property
     def uncalibrated(self) -> bool:
@@ -113,10 +115,6 @@ class Filling:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def anchors(self: Any, adapter: str) -> dict[str, Tensor]:
-        """What a compact checkpoint holds of the adapter's frames."""
-        return anchors.anchors(self.slots(adapter), self.learnt(adapter))
-
     def _rebuild(self: Any, adapter: str) -> None:
         saved = {name: value for name, value in self.slots(adapter).items() if name.startswith(anchors.PREFIX)}
         for name, value in self.frames(adapter, saved, Engine()).items():
@@ -134,7 +132,7 @@ class Filling:
         return not known.awaiting and known.began != self._state(adapter)
 
     def _state(self: Any, adapter: str) -> str:
-        return repr([checksum(value) for value in self.peft_kasa_learnt[adapter].parameters()])
+        return repr([checksum(whole(value)) for value in self.peft_kasa_learnt[adapter].parameters()])
 
     def settle(self: Any, adapter: str) -> None:
         """Makes sure that the adapter has values: a file's, checked, or else its method's start.

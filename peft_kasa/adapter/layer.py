@@ -18,6 +18,7 @@ from .base_weight import BaseWeight
 from .filling import Adapter, Filling
 from .merging import Merging
 from .rows import mixed
+from .sharding import at_hand, whole_shape, wholes
 
 living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at every optimiser's step
 
@@ -68,24 +69,29 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         holders = (self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter])
         return {name: value for holder in holders for name, value in holder._parameters.items()}  # type: ignore[misc]
 
+    def whole_slots(self, adapter: str) -> dict[str, Tensor]:
+        """The same, put together where processes hold them in parts: every process has to ask."""
+        return wholes(self.slots(adapter))
+
     def value(self, adapter: str) -> LowRank:
-        """What learns, as it is now: left (m, k), core, right (k, n), differentiable."""
+        """What learns, as it is now: left (m, k), core, right (k, n), differentiable (but for ZeRO-3's)."""
         self.settle(adapter)
-        slots, config = self.slots(adapter), self.adapters[adapter].config
+        slots, config = self.whole_slots(adapter), self.adapters[adapter].config
         if slot.through_base(slots):
             slots = slots | {"left0": self.original().to(slots["right0"].device) @ slots["right0"].float().T}
         return slot.value(slots, config)
 
     def lowrank(self, *adapters: str) -> LowRank:
         """The whole update of these adapters together, the base not included: exact, and of low rank."""
-        parts = []
+        parts, every = [], []
         for name in adapters:
             self.settle(name)
-            product = self._product(name)
-            if slot.through_base(self.slots(name)):
+            every.append(slots := self.whole_slots(name))
+            product = self._product(name, slots)
+            if slot.through_base(slots):
                 product = product._replace(up=self.original() @ product.up)
             parts.append(product)
-        if (cut := self._cut(adapters)) is not None:
+        if (cut := _largest_cut(every)) is not None:
             parts.append(slot.Product(-cut.up.float(), None, cut.down.float()))
         return slot.join(parts).lowrank()
 
@@ -121,18 +127,25 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             self.settle(name)
             if self.training and torch.is_grad_enabled():
                 self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
-        return self.updated(result, x, names)
+        with at_hand(self, self._used(names)):
+            return self.updated(result, x, names)
+
+    def _used(self, names: list[str]) -> list[Tensor]:
+        every = [self.slots(name) for name in names]
+        weight = [self.base_layer.weight] if any(map(slot.through_base, every)) else []
+        return [value for slots in every for value in slots.values()] + weight
 
     def updated(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """The base's result (..., m) and what these adapters together add to it; `result` may be written to."""
         whole: list[slot.Product] = []  # those that share the input
         inward: list[Tensor] = []  # what the base's weight has yet to be applied to
-        if (cut := self._cut(names)) is not None:
+        every = [self.slots(name) for name in names]
+        if (cut := _largest_cut(every)) is not None:
             whole.append(cut._replace(up=-cut.up))
-        for name in names:
-            config, product = self.adapters[name].config, self._product(name)
+        for name, slots in zip(names, every, strict=True):
+            config, product = self.adapters[name].config, self._product(name, slots)
             drops = self.training and config.dropout
-            if slot.through_base(self.slots(name)):
+            if slot.through_base(slots):
                 inward.append(product(F.dropout(x, config.dropout) if drops else x))
             elif drops:
                 result = product.added(result, F.dropout(x, config.dropout), self._owned(result))
@@ -150,18 +163,9 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         plain = type(base) is nn.Linear and not base._forward_hooks and not base._backward_hooks
         return plain and not result._is_view() and not torch.compiler.is_compiling()
 
-    def _product(self, adapter: str) -> slot.Product:
+    def _product(self, adapter: str, slots: slot.Slots) -> slot.Product:
         known = self.adapters[adapter]
-        return slot.update(self.slots(adapter), known.config, known.scale)
-
-    def _cut(self, adapters: Any) -> slot.Product | None:
-        """What leaves the base for these adapters: cuts of one weight are nested, so the largest holds the others."""
-        largest = None
-        for name in adapters:  # a plain loop: torch.compile breaks its graph at max(key=)
-            cut = slot.cut(self.slots(name))
-            if cut is not None and (largest is None or cut.up.shape[1] > largest.up.shape[1]):
-                largest = cut
-        return largest
+        return slot.update(slots, known.config, known.scale)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves, and unlike PEFT's own does not cast: masters stay float32."""
@@ -175,9 +179,19 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         return f"SpectralLinear({', '.join([*parts, f'base={self.base_layer!r}'])})"
 
 
+def _largest_cut(every: list[dict[str, Tensor]]) -> slot.Product | None:
+    """What leaves the base for several adapters: cuts of one weight are nested, so the largest holds the others."""
+    largest = None
+    for slots in every:  # a plain loop: torch.compile breaks its graph at max(key=)
+        cut = slot.cut(slots)
+        if cut is not None and (largest is None or cut.up.shape[1] > largest.up.shape[1]):
+            largest = cut
+    return largest
+
+
 def _shape(layer: nn.Module, transposed: bool) -> tuple[int, int]:
     """(in, out) features."""
     if transposed:
-        n, m = layer.weight.shape
+        n, m = whole_shape(layer.weight)
         return n, m
     return layer.in_features, layer.out_features

@@ -8,6 +8,8 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
+from .sharding import in_parts
+
 
 class Merging:
     """`merge` and `unmerge` of a layer.
@@ -25,8 +27,14 @@ class Merging:
         """Merges these adapters, or the active ones, into the base weight.
 
         Raises:
-            ValueError: with `safe_merge`, where the result is not finite; the layer is left unmerged.
+            ValueError: with `safe_merge`, where the result is not finite; or where processes hold the base weight in
+                parts. The layer is left unmerged.
         """
+        if in_parts(self.base_layer.weight):
+            raise ValueError(
+                f"{self.name}: the base weight is in parts over several processes (FSDP2, ZeRO-3, tensor parallelism), "
+                "which merging cannot write. Save the adapter and merge it in one process, or export_lora it."
+            )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
         if not names:
             return

@@ -108,13 +108,7 @@ class SpectralModel(Combining, BaseTuner):
         settle(model, [adapter_name])
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for path, layer in named_layers(model, adapter_name):
-            frozen = f"{path}.{PREFIX}frozen.{adapter_name}."
-            for key in [key for key in state if key.startswith(frozen + ANCHOR)]:
-                del state[key]
-            if not config.keeps_frames:
-                state |= {frozen + slot: value for slot, value in layer.anchors(adapter_name).items()}
-            for slot in checkpoint.left_out(layer, adapter_name):
-                del state[frozen + slot]
+            checkpoint.complete(state, path, layer, adapter_name)
         return state
 
     @classmethod
@@ -122,6 +116,7 @@ class SpectralModel(Combining, BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        checkpoint.check_undivided(layers_of(model, adapter_name), adapter_name)
         adopt(model, adapter_name, mapped)
         layers = dict(named_layers(model, adapter_name))
         if config.keeps_frames:  # a file may have more than is needed

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
+from ..adapter.sharding import in_zero3, wholes
 from ..adapter.starting import all_layers
+from .held import Held, stepped_by_zero
 from .regularise import _learning, _regularized, penalty, warn_unheld
 
 
@@ -28,9 +30,10 @@ class SpectralCallback(TrainerCallback):
         restore_masters(model, args)
         if model is None or optimizer is None:
             return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        keep_frozen(model, args.should_save)
+        held = Held(optimizer)
         terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
-        unheld = [term for term in terms if not any(id(p) in held for p in _learning(*term))]
+        unheld = [term for term in terms if not any(p in held or stepped_by_zero(p) for p in _learning(*term))]
         if unheld:
             warn_unheld(unheld)
 
@@ -52,6 +55,19 @@ def restore_masters(model: nn.Module | None, args: Any = None) -> None:
             for name, parameter in layer.slots(adapter).items():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = _master(parameter, layer.adapters[adapter].masters.get(name))
+
+
+def keep_frozen(model: nn.Module, here: bool) -> None:
+    """Copies to the CPU, if `here`, what is frozen and ZeRO-3 has in parts.
+
+    Trainer saves from one process what DeepSpeed gathers for it, and that is only what learns.
+    """
+    for layer in all_layers(model):
+        for adapter, known in layer.adapters.items():
+            frozen = dict(layer.peft_kasa_frozen[adapter].named_parameters())
+            if any(map(in_zero3, frozen.values())):
+                whole = wholes(frozen)
+                known.frozen = {name: value.detach().to("cpu", copy=True) for name, value in whole.items() if here}
 
 
 def _master(parameter: nn.Parameter, kept: torch.Tensor | None) -> torch.Tensor:

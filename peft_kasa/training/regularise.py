@@ -23,6 +23,7 @@ from ..adapter.layer import Adapter, SpectralLinear, living
 from ..adapter.slots import LEARNABLE
 from ..adapter.starting import all_layers, settle
 from ..spectral import LowRank
+from .held import Held, stepped_by_zero
 
 Term = tuple[SpectralLinear, str]  # a layer and one of its adapters
 
@@ -84,13 +85,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _terms(optimizer: Optimizer) -> list[Term]:
     """The layers and adapters whose regulariser is on and whose parameters this optimiser steps."""
-    held = _held(optimizer)
+    held = Held(optimizer)
     terms, unheld = [], []
     for layer in living:
         for name in _regularized(layer):
-            if any(id(parameter) in held for parameter in _learning(layer, name)):
+            if any(parameter in held for parameter in _learning(layer, name)):
                 terms.append((layer, name))
-            elif layer.adapters[name].trained:
+            elif layer.adapters[name].trained and not any(map(stepped_by_zero, _learning(layer, name))):
                 unheld.append((layer, name))
     _claimed.update(layer for layer, _ in terms)
     _suspect(unheld)
@@ -108,7 +109,7 @@ def _learning(layer: SpectralLinear, adapter: str) -> list[Tensor]:
 
 
 def _term(layer: SpectralLinear, adapter: str) -> Tensor:
-    return _penalties(layer.adapters[adapter], _value(layer, adapter))
+    return _penalties(layer.adapters[adapter], layer.value(adapter))
 
 
 def _penalties(known: Adapter, value: LowRank) -> Tensor:
@@ -119,15 +120,10 @@ def _penalties(known: Adapter, value: LowRank) -> Tensor:
         return torch.as_tensor(penalty_of(value)) / count  # type: ignore[arg-type]
 
 
-def _value(layer: SpectralLinear, adapter: str) -> LowRank:
-    """What learns, gathered where it is sharded."""
-    return LowRank(*(part.full_tensor() if isinstance(part, DTensor) else part for part in layer.value(adapter)))
-
-
 def _add_gradient(terms: list[Term], optimizer: Optimizer, with_value: bool = False) -> Tensor | float:
     """Adds the gradient to the `.grad` of what this optimiser holds, at the size it will take it for; the penalty."""
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales by itself: GradScaler sets this
-    held = _held(optimizer)
+    held = Held(optimizer)
     total: Tensor | float = 0.0
     for alike in _alike(terms):
         value, gradients = _gradients(alike)
@@ -136,10 +132,11 @@ def _add_gradient(terms: list[Term], optimizer: Optimizer, with_value: bool = Fa
             slots = layer.slots(name)
             for slot, gradient in zip(LEARNABLE, gradients, strict=True):
                 parameter = slots.get(slot)
-                if gradient is None or parameter is None or id(parameter) not in held or _has_it(parameter):
+                if gradient is None or parameter is None or parameter not in held or _has_it(parameter):
                     continue
                 added = gradient[index] if scale is None else gradient[index] * scale.to(gradient)
-                _add(parameter, added)
+                if not held.add_to_flat(parameter, added):
+                    _add(parameter, added)
     return total
 
 
@@ -161,7 +158,7 @@ def _gradients(alike: list[Term]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """
     layer, name = alike[0]
     with torch.no_grad():
-        values = [_value(*term) for term in alike]
+        values = [layer.value(name) for layer, name in alike]
     with torch.enable_grad():
         stacked = LowRank(*(torch.stack(parts).requires_grad_() for parts in zip(*values, strict=True)))
         total = _penalties(layer.adapters[name], stacked).sum()
@@ -185,10 +182,6 @@ def _has_it(parameter: Tensor) -> bool:
         return False
     gradient, version = _added[parameter]
     return gradient() is parameter.grad and parameter.grad._version == version
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _regularized_closure(closure: Callable[[], Any], terms: list[Term], optimizer: Optimizer) -> Callable[[], Any]:
