@@ -1,0 +1,48 @@
+"""vLLM's OpenAI server with the LoRAs, in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .adapters import Served
+from .answers import TOKENS, Ask, Ids
+from .process import HOST, free_port, post, running
+
+TITLE = "vLLM, bf16"
+DTYPE = torch.bfloat16
+START_SECONDS = 600
+BASE = "base"
+QUIET = {  # nothing is fetched, nothing is reported; a small cache and unbound threads for a shared machine
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@contextmanager
+def serving(python: Path, model: str, adapters: Sequence[Served], folder: Path) -> Iterator[Ask]:
+    """The server with the adapters, until the block ends."""
+    port = free_port()
+    url = f"http://{HOST}:{port}"
+
+    def ask(name: str | None, ids: Ids) -> Ids:
+        body = {"model": name or BASE, "prompt": ids, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
+        return post(f"{url}/v1/completions", body)["choices"][0]["token_ids"]
+
+    with running(command(python, model, adapters, port), url, folder / "vllm.log", START_SECONDS, **QUIET):
+        yield ask
+
+
+def command(python: Path, model: str, adapters: Sequence[Served], port: int) -> list[str]:
+    """How the server is started. The module, not `vllm serve`: that looks for a package named vllm, not vllm-cpu."""
+    rank = max(adapter.export.max_lora_rank for adapter in adapters)
+    start = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
+    base = ["--model", model, "--served-model-name", BASE, "--dtype", "bfloat16", "--max-model-len", "512"]
+    small = ["--enforce-eager", "--max-num-seqs", "4", "--no-enable-prefix-caching"]
+    loras = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
+    return [*start, *base, *small, *loras, *(f"{adapter.name}={adapter.lora}" for adapter in adapters)]
