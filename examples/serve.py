@@ -31,7 +31,7 @@ from finetune import METHODS, load_tokenizer
 from serving import environments, llama_cpp, vllm
 from serving.adapters import NAMES, Served, exported, trained
 from serving.compare import Comparison, compare, show
-from serving.problem import Problem
+from serving.error import ServingError
 from transformers.utils import logging
 
 SERVERS = {"vllm": (vllm, environments.vllm), "llama_cpp": (llama_cpp, environments.llama_cpp)}
@@ -55,8 +55,8 @@ def main() -> None:
             print(f"\nStarting {name} ...", flush=True)
             results += compare(SERVERS[name][0], pythons[name], model, tokenizer, served, args.output)
         show(results, tokenizer)
-    except Problem as problem:
-        sys.exit(f"\n{problem}")
+    except ServingError as error:
+        sys.exit(f"\n{error}")
     print(f"\n{time.time() - started:.0f} s in all; adapters, LoRAs and logs are in {args.output}")
 
 

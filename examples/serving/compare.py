@@ -37,12 +37,13 @@ def compare(
     asked = prompts(tokenizer)
     with server.serving(python, model, served, folder) as ask:
         found = {one.name: [ask(one.name, ids) for ids in asked] for one in served}
-    results = []
-    for one in served:
-        adapted = load_adapted(model, one.own, server.DTYPE)
-        base = own_answers(adapted, asked, base=True)
-        results.append(Comparison(server.TITLE, one.name, found[one.name], own_answers(adapted, asked), base))
-    return results
+    base: list[Answer] = []
+    own: dict[Path, list[Answer]] = {}
+    for path in dict.fromkeys(one.own for one in served):
+        adapted = load_adapted(model, path, server.DTYPE)
+        base = base or own_answers(adapted, asked, base=True)
+        own[path] = own_answers(adapted, asked)
+    return [Comparison(server.TITLE, one.name, found[one.name], own[one.own], base) for one in served]
 
 
 def show(results: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase) -> None:

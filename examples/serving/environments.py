@@ -9,7 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from .problem import Problem
+from .error import ServingError
 
 PIP_SECONDS = 1800  # for one pip command
 TORCH = "torch==2.13.0"  # first and pinned: unpinned, a later step could fetch another build of several gigabytes
@@ -26,7 +26,9 @@ CONVERTERS = ["numpy", "safetensors", "sentencepiece", "transformers>=5.16,<5.24
 def vllm(home: Path) -> Path:
     """The interpreter of an environment with vLLM for CPUs in it."""
     if sys.version_info < (3, 11):
-        raise Problem(f"{VLLM} needs Python 3.11 or later, and this is {sys.version.split()[0]}: use another Python")
+        raise ServingError(
+            f"{VLLM} needs Python 3.11 or later, and this is {sys.version.split()[0]}: use another Python"
+        )
     folder = home / "vllm"
     if not _is_ready(folder, [TORCH, VLLM]):
         _begin(folder)
@@ -85,11 +87,11 @@ def _requirements(folder: Path, package: str) -> list[str]:
 
 
 def run(*command: str) -> str:
-    """What a command prints, or a Problem with the end of it."""
+    """What a command prints, or a ServingError with the end of it."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
     except subprocess.TimeoutExpired:
-        raise Problem(f"{' '.join(command)} did not end within {PIP_SECONDS} s") from None
+        raise ServingError(f"{' '.join(command)} did not end within {PIP_SECONDS} s") from None
     if done.returncode:
-        raise Problem(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:].strip()}")
+        raise ServingError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:].strip()}")
     return done.stdout

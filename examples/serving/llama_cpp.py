@@ -11,7 +11,7 @@ import torch
 from .adapters import Served
 from .answers import TOKENS, Ask, Ids
 from .environments import run
-from .problem import Problem
+from .error import ServingError
 from .process import HOST, free_port, post, running
 
 TITLE = "llama.cpp, f32"
@@ -63,5 +63,5 @@ def _convert(python: Path, made: Path, script: str, *arguments: str) -> None:
 def _converters(python: Path) -> Path:
     found = list(python.parents[1].rglob("llama.cpp/convert_lora_to_gguf.py"))
     if not found:
-        raise Problem(f"{python.parents[1]} has no convert_lora_to_gguf.py: remove that folder and run again")
+        raise ServingError(f"{python.parents[1]} has no convert_lora_to_gguf.py: remove that folder and run again")
     return found[0].parent

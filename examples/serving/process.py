@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .problem import Problem
+from .error import ServingError
 
 HOST = "127.0.0.1"
 REQUEST_SECONDS = 300
@@ -34,7 +34,7 @@ def running(command: Sequence[str], url: str, log: Path, seconds: float, **envir
     """The server that `command` starts, from when `url`/health answers until the block ends.
 
     Raises:
-        Problem: it ended, or did not answer within `seconds`; with the end of its log.
+        ServingError: it ended, or did not answer within `seconds`; with the end of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
@@ -60,21 +60,21 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise Problem(f"{url} refused: {error.code} {error.read().decode(errors='replace')[:500]}") from None
+        raise ServingError(f"{url} refused: {error.code} {error.read().decode(errors='replace')[:500]}") from None
     except OSError as error:
-        raise Problem(f"{url} did not answer within {REQUEST_SECONDS} s, or not at all: {error}") from None
+        raise ServingError(f"{url} did not answer within {REQUEST_SECONDS} s, or not at all: {error}") from None
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if server.poll() is not None:
-            raise Problem(f"The server ended with code {server.returncode}. {log} ends in:\n{_tail(log)}")
+            raise ServingError(f"The server ended with code {server.returncode}. {log} ends in:\n{_tail(log)}")
         with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             if answer.status == 200:
                 return
         time.sleep(1)
-    raise Problem(f"The server did not answer within {seconds:.0f} s. {log} ends in:\n{_tail(log)}")
+    raise ServingError(f"The server did not answer within {seconds:.0f} s. {log} ends in:\n{_tail(log)}")
 
 
 def _tail(log: Path) -> str:
