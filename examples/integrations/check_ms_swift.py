@@ -1,6 +1,6 @@
-"""Runs ms_swift_plugin.py through ms-swift's own arguments and tuner code on a tiny model.
+"""Runs ms_swift_plugin.py through ms-swift's own arguments and tuner code on a small model.
 
-python examples/integrations/check_ms_swift.py BASE        # where ms-swift is installed; BASE: a small chat model's folder
+python examples/integrations/check_ms_swift.py MODEL        # where ms-swift is installed; MODEL: the folder of a Llama
 """
 
 import json
