@@ -26,15 +26,23 @@ from types import FrameType
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # else torch slows down tenfold where another program needs a core too
 
+import torch
 from base_model import cache_home, smollm2
 from finetune import METHODS, load_tokenizer
-from serving import environments, llama_cpp, vllm
+from serving import environments
 from serving.adapters import NAMES, Served, exported, trained
 from serving.compare import Comparison, compare, show
 from serving.error import ServingError
+from serving.llama_cpp import LlamaCpp
+from serving.vllm import VLLM
 from transformers.utils import logging
 
-SERVERS = {"vllm": (vllm, environments.vllm), "llama_cpp": (llama_cpp, environments.llama_cpp)}
+SERVERS = {  # each with what makes its environment
+    "vllm": (VLLM("vLLM, bf16", torch.bfloat16), environments.vllm),
+    "vllm_f32": (VLLM("vLLM, f32", torch.float32), environments.vllm),
+    "llama_cpp": (LlamaCpp(), environments.llama_cpp),
+}
+DEFAULT = ("vllm", "llama_cpp")
 
 
 def main() -> None:
@@ -63,7 +71,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     """The command line, checked before any work starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="both if left out")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(DEFAULT), help=" ".join(DEFAULT))
     parser.add_argument("--adapters", nargs="+", choices=METHODS, default=list(NAMES), help=" ".join(NAMES))
     parser.add_argument("--output", type=Path, default=Path("outputs/serving"), help="folder of adapters and logs")
     parser.add_argument("--environments", type=Path, default=cache_home() / "servers", help="folder of environments")

@@ -8,11 +8,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from serving import environments, vllm
+import torch
+from serving import environments
 from serving.adapters import Served
 from serving.answers import Answer, same_until
 from serving.error import ServingError
 from serving.process import HOST, free_port, post, running
+from serving.vllm import VLLM
 
 from peft_kasa import LoraExport
 
@@ -50,12 +52,14 @@ def test_a_server_answers_and_is_stopped_when_the_block_fails(tmp_path: Path) ->
     port = free_port()
     url, pid = f"http://{HOST}:{port}", tmp_path / "pid"
     command = start(tmp_path, SERVER, str(port), str(pid))
-    with (
-        pytest.raises(ServingError, match="/bad refused: 400 no such adapter"),
-        running(command, url, tmp_path / "log", 60),
-    ):
-        assert post(f"{url}/good", {}) == {"a": 1}
-        post(f"{url}/bad", {})
+
+    def ask() -> None:
+        with running(command, url, tmp_path / "log", 60):
+            assert post(f"{url}/good", {}) == {"a": 1}
+            post(f"{url}/bad", {})
+
+    with pytest.raises(ServingError, match="/bad refused: 400 no such adapter"):
+        ask()
     assert gone(int(pid.read_text()))
 
 
@@ -92,8 +96,9 @@ def test_vllm_is_told_the_largest_rank_and_listens_on_loopback(tmp_path: Path) -
         Served(name, tmp_path, LoraExport(rank, largest, {}, f"/loras/{name}"))
         for name, rank, largest in (("a", 8, 8), ("b", 24, 32))
     ]
-    command = vllm.command(Path("python"), "base", adapters, 8000)
+    command = VLLM("vLLM", torch.bfloat16).command(Path("python"), "base", adapters, 8000)
     assert command[command.index("--max-lora-rank") + 1] == "32"
+    assert command[command.index("--dtype") + 1] == "bfloat16"
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--lora-modules") + 1 :] == ["a=/loras/a", "b=/loras/b"]
 

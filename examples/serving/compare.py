@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .adapters import Served, load_adapted
 from .answers import Answer, Ids, own_answers, prompts, same_until
+from .llama_cpp import LlamaCpp
+from .vllm import VLLM
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Comparison:
 
 
 def compare(
-    server: Any,
+    server: VLLM | LlamaCpp,
     python: Path,
     model: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,10 +41,10 @@ def compare(
     base: list[Answer] = []
     own: dict[Path, list[Answer]] = {}
     for path in dict.fromkeys(one.own for one in served):
-        adapted = load_adapted(model, path, server.DTYPE)
+        adapted = load_adapted(model, path, server.dtype)
         base = base or own_answers(adapted, asked, base=True)
         own[path] = own_answers(adapted, asked)
-    return [Comparison(server.TITLE, one.name, found[one.name], own[one.own], base) for one in served]
+    return [Comparison(server.title, one.name, found[one.name], own[one.own], base) for one in served]
 
 
 def show(results: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,29 +15,34 @@ from .environments import run
 from .error import ServingError
 from .process import HOST, free_port, post, running
 
-TITLE = "llama.cpp, f32"
-DTYPE = torch.float32
 START_SECONDS = 120
 SCRIPT = Path(__file__).with_name("llama_cpp_server.py")
 
 
-@contextmanager
-def serving(python: Path, model: str, adapters: Sequence[Served], folder: Path) -> Iterator[Ask]:
-    """The server with the adapters, until the block ends."""
-    port = free_port()
-    url = f"http://{HOST}:{port}"
-    numbers = {adapter.name: number for number, adapter in enumerate(adapters)}
+@dataclass(frozen=True)
+class LlamaCpp:
+    """The server in float32."""
 
-    def ask(name: str | None, ids: Ids) -> Ids:
-        # Adapters that are not listed weigh 0.
-        lora = [{"id": numbers[name], "scale": 1.0}] if name else []
-        body = {"prompt": ids, "n_predict": TOKENS, "temperature": 0, "lora": lora, "return_tokens": True}
-        return post(f"{url}/completion", body | {"cache_prompt": False})["tokens"]
+    title: str = "llama.cpp, f32"
+    dtype: torch.dtype = torch.float32
 
-    files = [_base(python, model, folder), *(_lora(python, model, adapter, folder) for adapter in adapters)]
-    command = [str(python), str(SCRIPT), str(port), *map(str, files)]
-    with running(command, url, folder / "llama_cpp.log", START_SECONDS):
-        yield ask
+    @contextmanager
+    def serving(self, python: Path, model: str, adapters: Sequence[Served], folder: Path) -> Iterator[Ask]:
+        """The server with the adapters, until the block ends."""
+        port = free_port()
+        url = f"http://{HOST}:{port}"
+        numbers = {adapter.name: number for number, adapter in enumerate(adapters)}
+
+        def ask(name: str | None, ids: Ids) -> Ids:
+            # Adapters that are not listed weigh 0.
+            lora = [{"id": numbers[name], "scale": 1.0}] if name else []
+            body = {"prompt": ids, "n_predict": TOKENS, "temperature": 0, "lora": lora}
+            return post(f"{url}/completion", body | {"return_tokens": True, "cache_prompt": False})["tokens"]
+
+        files = [_base(python, model, folder), *(_lora(python, model, adapter, folder) for adapter in adapters)]
+        command = [str(python), str(SCRIPT), str(port), *map(str, files)]
+        with running(command, url, folder / "llama_cpp.log", START_SECONDS):
+            yield ask
 
 
 def _base(python: Path, model: str, folder: Path) -> Path:
