@@ -11,7 +11,7 @@ From nothing, on a CPU, without the Hugging Face Hub. The script
     python examples/serve.py
     python examples/serve.py --servers llama_cpp --adapters kasa pissa
 
-The environment for vLLM takes about 3 GB and some minutes, once. Both installs are of pinned releases.
+The environments take 3.4 GB (vLLM) and 1.4 GB (llama.cpp) and some minutes, once; the servers' releases are pinned.
 """
 
 import argparse
