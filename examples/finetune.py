@@ -42,7 +42,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_kasa import KaSAConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig, SVFitConfig, export_lora
+from peft_kasa import KaSAConfig, LoRAXSConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig, SVFitConfig, export_lora
 
 try:
     from datasets import Dataset
@@ -56,6 +56,7 @@ METHODS: dict[str, tuple[type[PeftConfig], int, float, dict[str, Any]]] = {
     "pissa": (PiSSAConfig, 8, 5e-4, {}),
     "milora": (MiLoRAConfig, 8, 2e-3, {}),
     "sorsa": (SORSAConfig, 8, 5e-4, {}),
+    "lora_xs": (LoRAXSConfig, 32, 4e-3, {}),  # trains r * r numbers a module
     "svfit": (SVFitConfig, 128, 1e-1, {}),  # trains `r` numbers a module, the others r times its inputs and outputs
 }
 LOSS_ROWS = 64

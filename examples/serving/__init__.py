@@ -1,0 +1,1 @@
+"""Parts of serve.py, each with one task."""
