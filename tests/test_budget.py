@@ -414,3 +414,12 @@ def test_an_error_while_choosing_leaves_the_model_without_the_adapter() -> None:
     with pytest.raises(ValueError, match="2: "):
         get_peft_model(base, PiSSAConfig(r=2, rank_budget="variance", target_modules=NAMES))
     assert not layers_of(base)
+
+
+def test_ranks_are_not_chosen_where_the_weights_are_not() -> None:
+    base = stack().to("meta")
+    with pytest.raises(ValueError, match="0: rank_budget needs the base weights, which are on the meta device"):
+        get_peft_model(base, PiSSAConfig(r=2, target_modules=NAMES, rank_budget="variance"))
+    assert not layers_of(base)
+    chosen = {name: 2 for name in NAMES}
+    get_peft_model(base, PiSSAConfig(r=2, target_modules=NAMES, rank_budget="variance", rank_pattern=chosen))

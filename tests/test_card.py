@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from bases import BASES, fresh, load, stack
 from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 from members import MEMBERS, Member
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_kasa import PiSSAConfig
-from peft_kasa.adapter import card
+from peft_kasa.adapter import card, hub
 
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 KASA = MEMBERS[0]
@@ -140,3 +141,39 @@ def test_a_trainers_card_has_our_part(tiny: str, tmp_path: Path) -> None:
     found = ModelCard.load(tmp_path / "README.md")
     assert "## KaSA adapter" in found.text
     assert "peft_kasa" in found.data.tags
+
+
+def test_the_card_is_of_the_adapters_that_are_saved(tmp_path: Path) -> None:
+    model = get_peft_model(stack(), PiSSAConfig(r=2, target_modules=["0"]))
+    model.add_adapter("other", KASA.config(r=2, target_modules=["2"]))
+    model.save_pretrained(str(tmp_path), True, ["other"])
+    found = ModelCard.load(tmp_path / "README.md")
+    assert f'"{tmp_path.name}", subfolder="other"' in found.text
+    assert "PiSSA" not in found.text
+    assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
+
+
+def test_a_card_that_cannot_be_read_stops_no_save(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ntags: [\n---\nMine.\n")
+    model = get_peft_model(stack(), PiSSAConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match=r"README.md was left as it is"):
+        model.save_pretrained(str(tmp_path))
+    assert "Mine." in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_a_hub_out_of_reach_costs_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    (tmp_path / "README.md").write_text("Mine.")
+    monkeypatch.setattr(hub, "hf_hub_download", out_of_reach)
+    with pytest.raises(LocalEntryNotFoundError):
+        hub._fetch_card(str(tmp_path), "me/kasa", None, None)
+    assert (tmp_path / "README.md").read_text() == "Mine."
+
+
+def test_no_adapter_takes_the_place_of_the_export() -> None:
+    model = get_peft_model(stack(), PiSSAConfig(r=2, target_modules=["0"]), adapter_name="lora")
+    with pytest.raises(ValueError, match="an adapter named 'lora' would lie where the export does"):
+        model.push_to_hub("me/kasa")

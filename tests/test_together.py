@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bases
 import pytest
 import torch
 from bases import fresh, load, logits, move
 from members import MEMBERS, VARIANTS, Member
 from peft import PeftModel, get_peft_model
 
-from peft_kasa import LoRAXSConfig, PiSSAConfig
+from peft_kasa import LoRAXSConfig, PiSSAConfig, Site, SpectralConfig, Start
 from peft_kasa.adapter.starting import all_layers
 from peft_kasa.spectral import Engine, stacks
-from peft_kasa.spectral.plan import Ask
+from peft_kasa.spectral.plan import Ask, Given
 
 ALL = [*MEMBERS, *VARIANTS]
 SIZES = [4, 4, 4]  # of batches: q and o, k and v, gate and up of two layers; down_proj has too few
@@ -93,3 +95,35 @@ def test_one_that_misses_the_gate_goes_alone(batches: list[int], monkeypatch: py
     get_peft_model(base, PiSSAConfig(r=4, target_modules=["q_proj", "o_proj"]))
     assert batches == SIZES[:1]
     assert names == ["model.layers.0.self_attn.q_proj"]
+
+
+@dataclass(repr=False)
+class OfGradientConfig(SpectralConfig):
+    """Starts from the cut of another matrix, asked for as that of the weight is."""
+
+    name = "test_of_gradient"
+    needs = "gradients"
+
+    def start(self, site: Site) -> Start:
+        return Start(site.svd(site.rank, of=site.gradient).split(), ("core",))
+
+
+def test_the_cut_of_another_matrix_is_not_that_of_the_weight(batches: list[int]) -> None:
+    statistics = bases.statistics("gradients")
+    config = OfGradientConfig(r=4, target_modules=["q_proj", "o_proj"], statistics=statistics)
+    model = get_peft_model(fresh(), config)
+    assert batches == []
+    for layer in all_layers(model):
+        gradient = statistics.evidence(layer.name)
+        found = layer.lowrank("default").dense()
+        u, s, vt = torch.linalg.svd(gradient.double())
+        expected = (u[:, :4] * s[:4]) @ vt[:4]
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_an_answer_is_of_its_matrix_alone() -> None:
+    one, other = torch.eye(3), torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    given = Given(one, Engine()(one, 1), Ask(1, "top"), Engine())
+    assert given(one, 1).s.item() == 1
+    assert given(other, 1).s.item() == pytest.approx(3)
+    assert given(one, 2).s.shape == (2,)

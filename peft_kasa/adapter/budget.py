@@ -23,11 +23,22 @@ def start(model: nn.Module, adapter: str, again: bool = False) -> None:
     """Gives all modules of an adapter their ranks and their start; `again`, ranks that were chosen before as well."""
     layers = list(layers_of(model, adapter))
     if any(layer.on_meta(adapter) for layer in layers):
+        _refuse_to_choose(layers, adapter)
         layers = []  # other ranks may have the weights: this one says that it has none
     elif layers and layers[0].adapters[adapter].config.rank_budget is not None:
         spend(model, adapter, again)
         layers = list(layers_of(model, adapter))
     begin(layers, adapter)
+
+
+def _refuse_to_choose(layers: list[SpectralLinear], adapter: str) -> None:
+    config = layers[0].adapters[adapter].config
+    missing = [layer.name for layer in layers if given_rank(config, layer.name) is None]
+    if config.rank_budget is not None and missing:
+        raise ValueError(
+            f"{missing[0]}: rank_budget needs the base weights, which are on the meta device in this process. Choose "
+            "the ranks where they are, and give the rank_pattern of that config here."
+        )
 
 
 def spend(model: nn.Module, adapter: str, again: bool = False) -> None:

@@ -13,6 +13,7 @@ from ..methods.method import SpectralConfig
 from ..peft_type import NAME
 from .export import LoraExport
 from .layer import SpectralLinear
+from .sharding import whole_shape
 from .starting import layers_of
 
 PACKAGE = "peft_kasa"
@@ -84,7 +85,8 @@ def _targets(layers: list[SpectralLinear]) -> list[str]:
 
 
 def _learning(layers: list[SpectralLinear], adapter: str) -> int:
-    return sum(value.numel() for layer in layers for value in layer.peft_kasa_learnt[adapter].parameters())
+    learnt = (value for layer in layers for value in layer.peft_kasa_learnt[adapter].parameters())
+    return sum(whole_shape(value).numel() for value in learnt)
 
 
 def _others(config: SpectralConfig) -> list[str]:

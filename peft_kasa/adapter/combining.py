@@ -19,7 +19,8 @@ from . import slots as slot
 from .fingerprint import FINGERPRINT
 from .layer import SpectralLinear
 from .naming import check_name, exactly, target
-from .starting import all_layers, settle
+from .sharding import whole
+from .starting import all_layers, settle, withdraw
 
 Combination = Literal["cat", "linear", "svd"]
 
@@ -92,8 +93,12 @@ def _combine(
             sums[layer] = _sum(layer, held, kind, rank)
     tuner.peft_config[adapter] = _config(tuner, terms[0][0], {layer.name: s.value.rank for layer, s in sums.items()})
     tuner.inject_adapter(tuner.model, adapter)
-    for layer, summed in sums.items():
-        _fill(layer, adapter, summed)
+    try:
+        for layer, summed in sums.items():
+            _fill(layer, adapter, summed)
+    except BaseException:
+        withdraw(tuner.model, adapter)
+        raise
     return {layer.name: summed.error for layer, summed in sums.items()}
 
 
@@ -128,7 +133,7 @@ def _sum(layer: SpectralLinear, terms: list[tuple[str, float]], kind: Combinatio
         most = min(most, rank or max(part.rank for part in parts))
     if value.rank > most:
         value, error = value.truncated(most)
-    return Sum(value, error, layer.slots(terms[0][0])[FINGERPRINT])
+    return Sum(value, error, whole(layer.slots(terms[0][0])[FINGERPRINT]))
 
 
 def _config(tuner: Any, source: str, ranks: dict[str, int]) -> NLoRAConfig:

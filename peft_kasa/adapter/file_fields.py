@@ -15,10 +15,11 @@ PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_modules"
 
 
 def check(config_class: type[SpectralConfig], given: Mapping[str, Any]) -> None:
-    """Checks each field against its annotation, and regular expressions against the worst of what they can cost.
+    """Checks each field against its annotation, and regular expressions for repeats that double the work at each
+    character: not for all that may be slow.
 
     Raises:
-        ValueError: another type; a number that is not finite; a path of statistics; nested repeats. It names the field.
+        ValueError: another type; a number that is not finite; a path of statistics; such a repeat. It names the field.
     """
     hints = get_type_hints(config_class)
     for name, value in given.items():
@@ -33,7 +34,7 @@ def check(config_class: type[SpectralConfig], given: Mapping[str, Any]) -> None:
     for name, pattern in _patterns(given):
         if _repeats_repeats(pattern):
             raise ValueError(
-                f"{FILE}: {name} has a repeat inside a repeat, which may take for ever to match. Found "
+                f"{FILE}: {name} has a repeat or a choice inside a repeat, which may take for ever to match. Found "
                 f"{pattern!r:.80}: name the modules, or write the expression without."
             )
 
@@ -62,8 +63,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if kind is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
-    if kind in (list, set):
-        return isinstance(value, list | set | tuple) and all(_fits(item, *parts) for item in value)
+    if kind in (list, set, tuple):
+        return isinstance(value, list | set | tuple) and all(any(_fits(v, part) for part in parts) for v in value)
     if kind is dict and parts:
         return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
     if kind in (int, float):
@@ -79,8 +80,8 @@ def _patterns(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _repeats_repeats(pattern: str) -> bool:
-    """Whether a group that holds an unbounded repeat is itself repeated, as in `(a+)+`."""
-    groups, closed, i = [False], False, 0  # whether each open group, and the one just closed, holds a repeat
+    """Whether a group that holds a repeat or a choice is itself repeated, as in `(a+)+`, `(a|b)*` or `(a?b?)*`."""
+    groups, closed, i = [False], False, 0  # whether each open group, and the one just closed, holds one
     while i < len(pattern):
         character, after, closed = pattern[i], closed, False
         if character == "\\":
@@ -92,6 +93,8 @@ def _repeats_repeats(pattern: str) -> bool:
         elif character == ")" and len(groups) > 1:
             closed = groups.pop()
             groups[-1] |= closed
+        elif character == "|" or (character == "?" and pattern[i - 1 : i] != "("):
+            groups[-1] = True
         elif character in "*+{":
             if after:
                 return True

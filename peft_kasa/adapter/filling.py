@@ -222,7 +222,7 @@ class Filling:
     def shares(self: Any, adapter: str, k: int, engine: Solver) -> Tensor:
         """What each of the k largest triples of the start's source holds of the whole, (k,): for `rank_budget`."""
         self._check_statistics(adapter, sketch(self.base.matrix(as_repacked=True)))
-        site = self.site(adapter, self._intact(adapter), engine)
+        site = self.site(adapter, self.source(adapter), engine)
         try:
             return self.adapters[adapter].config.shares(site, k)
         except ValueError as error:

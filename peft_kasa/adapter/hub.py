@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ..methods.method import require
 from . import card
 from .export import LoraExport, adapted, export_lora
 
@@ -64,6 +65,8 @@ def push_adapters(model: Any, repo_id: str, **options: Any) -> str:
 
     transformers' own puts an empty template in the place of the card that PEFT has written.
     """
+    rule = f"an adapter named {LORA!r} would lie where the export does: push it with peft_kasa.push_to_hub(adapter=...)"
+    require(LORA not in model.peft_config, rule, list(model.peft_config))
     options.pop("max_shard_size", None)  # of models: an adapter is one file
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -114,8 +117,11 @@ def _push(
 def _fetch_card(folder: str, repo_id: str, revision: str | None, token: bool | str | None) -> None:
     """Puts the card that the repository has, if any, in the place of a fresh one."""
     path = os.path.join(folder, card.NAME)
-    try:
-        shutil.copyfile(hf_hub_download(repo_id, card.NAME, revision=revision, token=token), path)
+    try:  # afresh: an old copy would take back what was written on the Hub since
+        found = hf_hub_download(repo_id, card.NAME, revision=revision, token=token, force_download=True)
+        shutil.copyfile(found, path)
+    except LocalEntryNotFoundError:  # the Hub was not reached: that says nothing of the card
+        raise
     except EntryNotFoundError:
         if os.path.exists(path):
             os.remove(path)

@@ -59,9 +59,10 @@ def _run(layers: list[SpectralLinear], adapter: str, ask: Ask | None, engine: En
     if ask is None or len(layers) == 1:
         work(layers[0], engine)
         return
-    cuts = engine.together({layer.name: layer.source(adapter) for layer in layers}, ask.k, ask.end)
+    weights = {layer.name: layer.source(adapter) for layer in layers}
+    cuts = engine.together(weights, ask.k, ask.end)
     for layer in layers:
-        work(layer, Given(cuts[layer.name], ask, engine))
+        work(layer, Given(weights[layer.name], cuts[layer.name], ask, engine))
 
 
 def _joined(jobs: list[Job]) -> Job:

@@ -118,9 +118,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        if adapter_names is not None:
-            return mixed(result, x, adapter_names, self)
-        names = [name for name in self.active_adapters if name in self.adapters]
+        asked = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        names = [name for name in asked if name in self.adapters]
         if not names:
             return result
         for name in names:
@@ -128,16 +127,19 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             if self.training and torch.is_grad_enabled():
                 self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
         with at_hand(self, self._used(names)):
-            return self.updated(result, x, names)
+            if adapter_names is not None:
+                return mixed(result, x, adapter_names, self)
+            return result + self.update(x, names).to(result.dtype)
 
     def _used(self, names: list[str]) -> list[Tensor]:
         every = [self.slots(name) for name in names]
         weight = [self.base_layer.weight] if any(map(slot.through_base, every)) else []
         return [value for slots in every for value in slots.values()] + weight
 
-    def updated(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        """The base's result (..., m) and what these adapters together add to it; `result` may be written to."""
+    def update(self, x: Tensor, names: list[str]) -> Tensor:
+        """What these adapters together add to the base's result: (..., n) -> (..., m)."""
         whole: list[slot.Product] = []  # those that share the input
+        outputs: list[Tensor] = []
         inward: list[Tensor] = []  # what the base's weight has yet to be applied to
         every = [self.slots(name) for name in names]
         if (cut := _largest_cut(every)) is not None:
@@ -148,20 +150,14 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             if slot.through_base(slots):
                 inward.append(product(F.dropout(x, config.dropout) if drops else x))
             elif drops:
-                result = product.added(result, F.dropout(x, config.dropout), self._owned(result))
+                outputs.append(product(F.dropout(x, config.dropout)))
             else:
                 whole.append(product)
         if whole:
-            result = slot.join(whole).added(result, x, self._owned(result))
+            outputs.append(slot.join(whole)(x))
         if inward:
-            result = result + self.base.apply(sum(inward[1:], inward[0])).to(result.dtype)
-        return result
-
-    def _owned(self, result: Tensor) -> bool:
-        """Whether nobody else has the base layer's output, or needs it as it is for a backward pass."""
-        base = self.base_layer
-        plain = type(base) is nn.Linear and not base._forward_hooks and not base._backward_hooks
-        return plain and not result._is_view() and not torch.compiler.is_compiling()
+            outputs.append(self.base.apply(sum(inward[1:], inward[0])))
+        return sum(outputs[1:], outputs[0])
 
     def _product(self, adapter: str, slots: slot.Slots) -> slot.Product:
         known = self.adapters[adapter]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import peft.peft_model
@@ -53,18 +55,41 @@ def _extend(name: str, ours: Callable[..., Any]) -> None:
     setattr(peft.PeftModel, name, method)
 
 
+_saved: ContextVar[list[str] | None] = ContextVar("saved", default=None)  # the adapters that a save is of
+
+
 def _write_card(theirs: Any, model: Any, output_dir: str) -> None:
-    card.write(output_dir, model, list(model.peft_config))
+    """PEFT asks for the card before it writes the weights, so what is wrong with a card may not stop it."""
+    try:
+        card.write(output_dir, model, _saved.get() or list(model.peft_config))
+    except Exception as error:
+        warnings.warn(
+            f"{os.path.join(output_dir, card.NAME)} was left as it is ({type(error).__name__}: {error}). Mend or "
+            "delete it, and save again for a model card.",
+            stacklevel=4,
+        )
 
 
 def _push(theirs: Any, model: Any, repo_id: str, **options: Any) -> str:
     return hub.push_adapters(model, repo_id, **options)
 
 
-def _save(theirs: Any, model: Any, save_directory: str, safe_serialization: bool = True, **kwargs: Any) -> None:
+def _save(
+    theirs: Any,
+    model: Any,
+    save_directory: str,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     rule = "safe_serialization has to be True: a pickle may run code when it is read, so none is loaded or written"
     require(safe_serialization, rule, safe_serialization)
-    theirs(model, save_directory, **kwargs)
+    before = _saved.set(selected_adapters)
+    try:
+        theirs(model, save_directory, True, selected_adapters, *args, **kwargs)
+    finally:
+        _saved.reset(before)
 
 
 def _load(theirs: Any, model: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ factor is the base weight times the right one (`through_base`), it is not kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,20 +35,9 @@ class Product(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Applies it to the last dimension, in the dtype of x."""
-        return F.linear(self._within(x), self.up.to(x.dtype))
-
-    def added(self, result: Tensor, x: Tensor, in_place: bool = False) -> Tensor:
-        """result (..., m) plus what `__call__` gives, rounded once; with `in_place`, written into `result`."""
-        h, up = self._within(x).to(result.dtype), self.up.to(result.dtype)
-        if in_place:
-            return Accumulate.apply(result, h, up)
-        rows = torch.addmm(result.reshape(-1, len(up)), h.reshape(-1, h.shape[-1]), up.T)
-        return rows.view(result.shape)
-
-    def _within(self, x: Tensor) -> Tensor:
-        """core @ down applied: (..., k)."""
         x = F.linear(x, self.down.to(x.dtype))
-        return x if self.core is None else F.linear(x, self.core.to(x.dtype))
+        x = x if self.core is None else F.linear(x, self.core.to(x.dtype))
+        return F.linear(x, self.up.to(x.dtype))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """B (m, k) and A (k, n)."""
@@ -57,25 +46,6 @@ class Product(NamedTuple):
     def lowrank(self) -> LowRank:
         """As a value of the algebra."""
         return from_factors(self.up, self.down) if self.core is None else LowRank(*self)
-
-
-class Accumulate(torch.autograd.Function):
-    """result += h up^T, h (..., k), up (m, k): without a tensor for the product and another for the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, h: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(h, up)
-        ctx.mark_dirty(result)
-        result.view(-1, len(up)).addmm_(h.reshape(-1, up.shape[1]), up.T)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:  # type: ignore[override]
-        h, up = ctx.saved_tensors
-        flat = gradient.reshape(-1, len(up))
-        by_h = (flat @ up).view(h.shape) if ctx.needs_input_grad[1] else None
-        by_up = (h.reshape(-1, up.shape[1]).T @ flat).T if ctx.needs_input_grad[2] else None
-        return gradient, by_h, by_up
 
 
 def pack(start: Start) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ class Site(NamedTuple):
     def gradient(self) -> Tensor:
         """The mean gradient (m, n) of the loss by the weight, where the config needs it."""
         if self.weight.is_meta:
-            return self.weight
+            return torch.empty_like(self.weight)  # not the weight itself: see `spectral.plan`
         if not isinstance(self.evidence, Tensor):
             raise ValueError("the gradient of the loss is needed. Call calibrate(model, data) first.")
         if not self.evidence.any():

@@ -33,7 +33,8 @@ class Engine:
     The algorithm follows from the shape, k and the end (`peft_kasa.spectral.rules`). Every answer is measured; where it
     misses the gate the next, slower algorithm runs and this is logged, down to LAPACK in float64.
     The same weight, settings and name give the same bits on one device. The exception: on CUDA, without a cache and
-    with "auto", `many` takes four or more small weights of one shape together, and bits may depend on which.
+    with "auto", `many` and the starts of adapters take four or more small weights of one shape together, and bits may
+    depend on which.
 
     Args:
         algorithm: "auto", or a name in `peft_kasa.spectral.algorithms.ALGORITHMS` to begin with.

@@ -31,8 +31,10 @@ class SpectralCallback(TrainerCallback):
         if model is None or optimizer is None:
             return
         keep_frozen(model, args.should_save)
-        held = Held(optimizer)
         terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
+        if not terms:
+            return
+        held = Held(optimizer)
         unheld = [term for term in terms if not any(p in held or stepped_by_zero(p) for p in _learning(*term))]
         if unheld:
             warn_unheld(unheld)

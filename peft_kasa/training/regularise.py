@@ -85,14 +85,16 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _terms(optimizer: Optimizer) -> list[Term]:
     """The layers and adapters whose regulariser is on and whose parameters this optimiser steps."""
+    every = [(layer, name) for layer in living for name in _regularized(layer)]
+    if not every:
+        return []
     held = Held(optimizer)
     terms, unheld = [], []
-    for layer in living:
-        for name in _regularized(layer):
-            if any(parameter in held for parameter in _learning(layer, name)):
-                terms.append((layer, name))
-            elif layer.adapters[name].trained and not any(map(stepped_by_zero, _learning(layer, name))):
-                unheld.append((layer, name))
+    for layer, name in every:
+        if any(parameter in held for parameter in _learning(layer, name)):
+            terms.append((layer, name))
+        elif layer.adapters[name].trained and not any(map(stepped_by_zero, _learning(layer, name))):
+            unheld.append((layer, name))
     _claimed.update(layer for layer, _ in terms)
     _suspect(unheld)
     return sorted(terms, key=lambda term: (term[0].name, term[1]))
