@@ -421,5 +421,5 @@ def test_ranks_are_not_chosen_where_the_weights_are_not() -> None:
     with pytest.raises(ValueError, match="0: rank_budget needs the base weights, which are on the meta device"):
         get_peft_model(base, PiSSAConfig(r=2, target_modules=NAMES, rank_budget="variance"))
     assert not layers_of(base)
-    chosen = {name: 2 for name in NAMES}
+    chosen = dict.fromkeys(NAMES, 2)
     get_peft_model(base, PiSSAConfig(r=2, target_modules=NAMES, rank_budget="variance", rank_pattern=chosen))

@@ -31,17 +31,19 @@ def write(
     lora: LoraExport | None = None,
     metrics: Sequence[EvalResult] = (),
     tags: Sequence[str] = (),
+    root: str = "default",
 ) -> None:
     """Writes README.md, or brings the one that is there up to date: metadata, and the part between our marks.
 
     Args:
         folder: of the adapter.
         model: a PeftModel.
-        adapters: the names of those that the folder holds. The first lies at its root, if it is alone or "default".
+        adapters: the names of those that the folder holds.
         where: what users load from: the repository's id. "": the folder's name.
         lora: of the export in the folder's `lora/`, if there is one.
         metrics: results, which replace those of the same task, dataset and metric.
         tags: to add.
+        root: the adapter whose files are in the folder itself; others are in folders of their names below it.
 
     Raises:
         ValueError: if `metrics` are not `huggingface_hub.EvalResult`.
@@ -56,7 +58,7 @@ def write(
     data: Any = card.data
     _update(data, model, adapters, base, tags)
     _add_results(data, name, metrics)
-    ours = f"{BEGIN}\n{text(model, adapters, base, name, lora, data.eval_results or ())}\n{END}"
+    ours = f"{BEGIN}\n{text(model, adapters, base, name, lora, data.eval_results or (), root)}\n{END}"
     found = OURS.search(card.text)
     card.text = OURS.sub(lambda _: ours, card.text, count=1) if found else _after(card.text, name, ours)
     card.save(path)

@@ -26,12 +26,13 @@ def text(
     where: str,
     lora: LoraExport | None,
     results: Iterable[EvalResult],
+    root: str,
 ) -> str:
     """Our part of the card, in Markdown. See `card.write` for the arguments."""
     first = "default" if "default" in adapters else adapters[0]
     config = model.peft_config[first]
     opened = _base(model, base)
-    native = f'model = PeftModel.from_pretrained(base, "{where}"{_subfolder(first, adapters)})'
+    native = f'model = PeftModel.from_pretrained(base, "{where}"{_subfolder(first, root)})'
     parts = [
         f"## {type(config).__name__.removesuffix('Config')} adapter",
         _table([["", *adapters], *_facts(model, adapters, base)]),
@@ -118,8 +119,8 @@ def _base(model: Any, base: str) -> list[str]:
     return [f"from transformers import {kind}", "", f'base = {kind}.from_pretrained("{base}")']
 
 
-def _subfolder(adapter: str, adapters: Sequence[str]) -> str:
-    return "" if adapter == "default" or len(adapters) == 1 else f', subfolder="{adapter}"'
+def _subfolder(adapter: str, root: str) -> str:
+    return "" if adapter == root else f', subfolder="{adapter}"'
 
 
 def _without(opened: list[str], where: str, lora: LoraExport | None) -> list[str]:

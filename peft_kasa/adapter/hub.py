@@ -57,7 +57,7 @@ def push_to_hub(
         model.save_pretrained(made, selected_adapters=[adapter])
         folder = made if adapter == "default" else os.path.join(made, adapter)
         report = _export(model, os.path.join(folder, LORA), adapter, rank) if lora else None
-        return _push(model, folder, repo_id, [adapter], report, metrics, **options)
+        return _push(model, folder, repo_id, [adapter], report, metrics, adapter, **options)
 
 
 def push_adapters(model: Any, repo_id: str, **options: Any) -> str:
@@ -87,6 +87,7 @@ def _push(
     adapters: list[str],
     lora: LoraExport | None = None,
     metrics: Sequence[EvalResult] = (),
+    root: str = "default",
     *,
     private: bool | None = None,
     token: bool | str | None = None,
@@ -102,7 +103,7 @@ def _push(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     _fetch_card(folder, repo_id, revision, token)
     stale = f"{LORA}/*" if lora is None and card.mentions_lora(folder) else None
-    card.write(folder, model, adapters, repo_id, lora, metrics, tags or ())
+    card.write(folder, model, adapters, repo_id, lora, metrics, tags or (), root)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
