@@ -44,7 +44,7 @@ class FourBit(NamedTuple):
     def to(self, device: torch.device | str) -> FourBit:
         """A copy of the state, on this device; tensors that are there already are shared."""
         state = copy.copy(self.scales)
-        if state.state2 is not None:
+        if state.nested:
             state.state2 = copy.copy(state.state2)
         if state.absmax.device != torch.device(device):
             state.to(device)

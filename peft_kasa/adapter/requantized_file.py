@@ -24,7 +24,7 @@ FILE = "requantized.safetensors"
 
 @torch.no_grad()
 def save_requantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the bases that `requantize` made into `requantized.safetensors` in a folder: the 4 bits and the float start
+    """Writes the bases that `requantize` made to `requantized.safetensors` in a folder: the 4 bits and the float start
     beside them, about 0.5 byte a parameter and 4 r (m + n) bytes a module. The adapter is saved apart.
 
     Raises:
