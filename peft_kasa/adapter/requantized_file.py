@@ -30,7 +30,20 @@ def save_requantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: nothing in the model was requantised, or it is merged.
 
-    Example: see `load_requantized`.
+    Example:
+        >>> import os, tempfile, torch
+        >>> from bitsandbytes.nn import Linear4bit
+        >>> from peft import get_peft_model
+        >>> from peft_kasa import PiSSAConfig, requantize, save_requantized
+        >>> weight = torch.randn(64, 64)
+        >>> base = torch.nn.Sequential(Linear4bit(64, 64, bias=False, quant_type="nf4"))
+        >>> _ = base.load_state_dict({"0.weight": weight})
+        >>> model = get_peft_model(base.to("cpu"), PiSSAConfig(r=8, target_modules=["0"]))
+        >>> _ = requantize(model, {"0.weight": weight})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_requantized(model, folder)
+        ...     os.listdir(folder)
+        ['requantized.safetensors']
     """
     layers = [layer for layer in all_layers(model) if layer.base.first is not None]
     require(bool(layers), "a base has to be requantised before it is saved (peft_kasa.requantize)", "none")
