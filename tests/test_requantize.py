@@ -4,64 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bases import fresh, learning, load, logits, move, steps
-from members import MEMBERS, Member
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from members import Member
+from peft import get_peft_model
+from residual import ABLE, ONCE, PISSA, UNABLE, bits, layers, requantized, same, times
 from torch import nn
 
-from peft_kasa import (
-    KaSAConfig,
-    MiLoRAConfig,
-    PiSSAConfig,
-    SpectralLinear,
-    SVFConfig,
-    load_requantized,
-    requantize,
-    save_requantized,
-)
-from peft_kasa.adapter.requantized_file import FILE
+from peft_kasa import KaSAConfig, PiSSAConfig, requantize, save_requantized
 
 bnb = pytest.importorskip("bitsandbytes")
 nf4 = bnb.functional
 
-ABLE = [member for member in MEMBERS if member.name in ("pissa", "milora", "sorsa", "svfit", "corda", "lora_null")]
-ITERATES = ("pissa", "sorsa", "svfit")  # they start at the largest triples
 each_able = pytest.mark.parametrize("member", ABLE, ids=str)
-
-
-def layers(model: nn.Module) -> list[SpectralLinear]:
-    return [module for module in model.modules() if isinstance(module, SpectralLinear)]
-
-
-def bits(model: nn.Module) -> Iterator[torch.Tensor]:
-    """All that the 4-bit layers hold."""
-    for layer in layers(model):
-        layer.base.unpack()
-        yield from layer.base.four_bits().tensors().values()
-
-
-def same(first: Any, second: Any) -> bool:
-    return all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-
-
-def times(member: Member) -> int:
-    return 5 if member.name in ITERATES else 1
-
-
-def requantized(member: Member, tiny: str, kind: str = "nf4") -> Any:
-    model = get_peft_model(load(tiny, kind), member.config(r=8))
-    requantize(model, tiny, iterations=times(member))
-    return model
-
-
-PISSA = ABLE[0]
 
 
 # The numbers ----------------------------------------------------------------------------------------------------
@@ -189,6 +148,21 @@ def test_merging_stores_the_sum_and_unmerging_the_bits(tiny: str) -> None:
     assert same(bits(model), held)
 
 
+def test_unloading_a_merged_model_gives_the_first_back_or_the_sum(tiny: str) -> None:
+    expected = logits(load(tiny, "nf4"))
+    for merge in (False, True):
+        model = requantized(PISSA, tiny)
+        move(model, 0.02)
+        with pytest.warns(UserWarning, match="Rounding to the base's storage lost"):
+            model.merge_adapter()
+        merged = logits(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = model.merge_and_unload() if merge else model.unload()
+        assert not layers(base)
+        assert torch.equal(logits(base), merged if merge else expected)
+
+
 def test_another_adapter_starts_from_the_new_base(tiny: str) -> None:
     model = requantized(PISSA, tiny)
     with model.disable_adapter():
@@ -232,101 +206,6 @@ def test_a_copy_has_a_base_of_its_own(tiny: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
-# The file -------------------------------------------------------------------------------------------------------
-
-
-@each_able
-@pytest.mark.parametrize("kind", ["nf4", "nf4 single"])
-def test_a_saved_base_comes_back_bit_for_bit(member: Member, kind: str, tiny: str, tmp_path: Path) -> None:
-    model = requantized(member, tiny, kind)
-    steps(model, 2)
-    model.save_pretrained(tmp_path)
-    save_requantized(model, tmp_path)
-    expected, held = logits(model), list(bits(model))
-    with pytest.warns(UserWarning, match="The base is not the one the adapter was made on"):
-        again = PeftModel.from_pretrained(load(tiny, kind), tmp_path)
-    load_requantized(again, tmp_path)
-    assert same(bits(again), held)
-    assert torch.equal(logits(again), expected)
-
-
-def test_an_adapter_for_the_saved_base_loads_onto_it_without_a_warning(tiny: str, tmp_path: Path) -> None:
-    model = requantized(PISSA, tiny)
-    model.save_pretrained(tmp_path)
-    save_requantized(model, tmp_path)
-    again = get_peft_model(load(tiny, "nf4"), KaSAConfig(r=4, target_modules="all-linear"), adapter_name="other")
-    load_requantized(again, tmp_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*The base is not the one")
-        again.load_adapter(tmp_path, "default")
-    again.set_adapter("default")
-    assert torch.equal(logits(again), logits(model))
-
-
-@pytest.fixture(scope="module")
-def saved(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("requantized")
-    save_requantized(requantized(PISSA, tiny), folder)
-    return folder
-
-
-def shorter(name: str, value: torch.Tensor) -> torch.Tensor:
-    return value[:-1] if name.endswith(".absmax") else value
-
-
-def broken(name: str, value: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(value, torch.nan) if name.endswith(".up") else value
-
-
-def other_code(name: str, value: torch.Tensor) -> torch.Tensor:
-    return value + 0.1 if name.endswith(".code") else value
-
-
-def other_type(name: str, value: torch.Tensor) -> torch.Tensor:
-    return value.char() if name.endswith("proj.weight") else value
-
-
-def strange(name: str, value: torch.Tensor) -> torch.Tensor:
-    return value + 1 if name.endswith(".fingerprint") else value
-
-
-DAMAGE = [
-    (shorter, "has to hold"),
-    (broken, "has to be finite"),
-    (other_code, "has to be of nf4"),
-    (other_type, "weight has to be torch.uint8"),
-    (strange, "belongs to another 4-bit base"),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[damage.__name__ for damage, _ in DAMAGE])
-def test_a_file_that_does_not_fit_changes_nothing(
-    damage: Any, message: str, tiny: str, saved: Path, tmp_path: Path
-) -> None:
-    tensors = {name: damage(name, value).contiguous() for name, value in load_file(saved / FILE).items()}
-    save_file(tensors, tmp_path / FILE)
-    model = get_peft_model(load(tiny, "nf4"), PISSA.config(r=8))
-    before = list(bits(model))
-    with pytest.raises(ValueError, match=f"(?s)model.layers.*{message}"):
-        load_requantized(model, tmp_path)
-    assert same(bits(model), before)
-
-
-@pytest.mark.parametrize(
-    ("kind", "targets", "message"),
-    [
-        ("fp32", "all-linear", "has to be bitsandbytes 4-bit"),
-        ("int8", "all-linear", "has to be bitsandbytes 4-bit"),
-        ("nf4 single", "all-linear", "has to hold"),
-        ("nf4", ["q_proj"], "have to be wrapped"),
-    ],
-)
-def test_another_base_is_refused(kind: str, targets: Any, message: str, tiny: str, saved: Path) -> None:
-    model = get_peft_model(load(tiny, kind), PiSSAConfig(r=8, target_modules=targets))
-    with pytest.raises(ValueError, match=message):
-        load_requantized(model, saved)
-
-
 # Refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -343,9 +222,6 @@ def without_down() -> dict[str, torch.Tensor]:
 
 
 REFUSED = [
-    (KaSAConfig(r=4), "nf4", {}, "the start has to leave the base"),
-    (SVFConfig(), "nf4", {"iterations": 1}, "the frames have to be saved"),
-    (MiLoRAConfig(r=4), "nf4", {}, "iterations has to be 1"),
     (PiSSAConfig(r=4), "nf4", {"iterations": 0}, "at least 1"),
     (PiSSAConfig(r=4), "nf4", {"adapter": "other"}, "adapter has to be one of"),
     (PiSSAConfig(r=4), "fp32", {}, "has to be bitsandbytes 4-bit. Found 'Linear'"),
@@ -355,6 +231,20 @@ REFUSED = [
     (PiSSAConfig(r=4), "nf4", {"weights": without_down()}, r"down_proj.*\(2 of 14 missing\)"),
     (PiSSAConfig(r=4), "nf4", {"weights": "/nowhere"}, "a folder with safetensors files"),
 ]
+
+
+@pytest.mark.parametrize("member", UNABLE, ids=str)
+def test_other_members_are_refused_by_name(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny, "nf4"), member.config())
+    with pytest.raises(ValueError, match=f"(start has to leave|frames have to be saved).*{member.name}"):
+        requantize(model, tiny, iterations=1)
+
+
+@pytest.mark.parametrize("member", [member for member in ABLE if member.name in ONCE], ids=str)
+def test_iterating_another_start_than_the_largest_triples_is_refused(member: Member, tiny: str) -> None:
+    model = get_peft_model(load(tiny, "nf4"), member.config())
+    with pytest.raises(ValueError, match="iterations has to be 1 for a start that is not at the largest"):
+        requantize(model, tiny)
 
 
 @pytest.mark.parametrize(("config", "kind", "given", "message"), REFUSED, ids=[row[-1] for row in REFUSED])
