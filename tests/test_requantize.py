@@ -16,6 +16,7 @@ from residual import ABLE, ONCE, PISSA, UNABLE, bits, layers, requantized, same,
 from torch import nn
 
 from peft_kasa import KaSAConfig, PiSSAConfig, requantize, save_requantized
+from peft_kasa.adapter.base_weight import BaseWeight
 
 bnb = pytest.importorskip("bitsandbytes")
 nf4 = bnb.functional
@@ -196,6 +197,12 @@ def test_an_evaluation_changes_neither_the_gradients_nor_the_bits(tiny: str) -> 
         held.append(list(bits(model)))
     assert torch.equal(*gradients)
     assert same(*held)
+
+
+def test_a_base_layer_by_itself_reads_as_what_it_holds(tiny: str) -> None:
+    """The guard of layers without a wrapper keeps scales too: not the first ones."""
+    for layer in layers(requantized(PISSA, tiny)):
+        assert torch.equal(BaseWeight(layer.base_layer).matrix(), layer.base.four_bits().matrix())
 
 
 def test_a_copy_has_a_base_of_its_own(tiny: str) -> None:

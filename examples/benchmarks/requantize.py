@@ -6,6 +6,9 @@
 The seven linear layers of three blocks. For each rank: |W - (Q + A B)| in the nuclear norm (sum of singular values),
 which QPiSSA's paper reports, and in the Frobenius norm, as the share that is less than with plain nf4, summed over
 modules. QLoRA has A B = 0. LoftQ starts its alternation at Q = nf4(W), QPiSSA at A B = the largest triples of W.
+
+Then all 210 layers, r = 64, 5 iterations: the loss on a text (the repository's licence), and the Kullback-Leibler
+divergence of the next token's distribution from the float model's, before and after.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from base_model import smollm2
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from peft_kasa import PiSSAConfig, SpectralLinear, requantize
@@ -47,6 +50,8 @@ def main() -> None:
         for iterations in (1, 5):
             base, row = measured(base, true, PiSSAConfig(r=rank, target_modules=names(blocks)), iterations)
             print(f"| {rank} | {iterations} | " + " | ".join(f"{gain:.1%}" for gain in row) + " |", flush=True)
+    if not quick:
+        outputs(base)
 
 
 def names(blocks: list[int]) -> str:
@@ -66,6 +71,26 @@ def measured(base: Any, true: dict[str, Tensor], config: PiSSAConfig, iterations
     assert abs(report.gain - (1 - (ours[1] / plain[1]).item())) < 1e-3
     gains = [1 - (found[norm] / plain[norm]).item() for norm in (0, 1) for found in (theirs, ours)]
     return model.unload(), gains
+
+
+def outputs(base: Any) -> None:
+    true = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    text = Path(__file__).resolve().parents[2].joinpath("LICENSE").read_text()
+    ids = AutoTokenizer.from_pretrained(smollm2())(text, return_tensors="pt").input_ids[:, :512]
+    expected, loss = predicted(true, ids)
+    print(f"float: loss {loss:.3f}")
+    model = get_peft_model(base, PiSSAConfig(r=64, target_modules="all-linear"))
+    for step in (lambda: "nf4", lambda: requantize(model, true)):
+        name, (found, loss) = step(), predicted(model, ids)
+        divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+        print(f"{name}: loss {loss:.3f}, divergence {divergence:.3f}", flush=True)
+
+
+@torch.no_grad()
+def predicted(model: Any, ids: Tensor) -> tuple[Tensor, float]:
+    """Log-probabilities (tokens, words), and the loss."""
+    found = model.eval()(input_ids=ids, labels=ids)
+    return found.logits[0].float().log_softmax(-1), found.loss.item()
 
 
 def errors(differences: list[Tensor]) -> tuple[Tensor, Tensor]:
