@@ -18,6 +18,8 @@ from .adapter.federated import average_cores  # noqa: E402
 from .adapter.hub import push_to_hub  # noqa: E402
 from .adapter.layer import SpectralLinear  # noqa: E402
 from .adapter.register import register as _register  # noqa: E402
+from .adapter.requantize import Requantized, requantize  # noqa: E402
+from .adapter.requantized_file import load_requantized, save_requantized  # noqa: E402
 from .adapter.statistics import Statistics  # noqa: E402
 from .adapter.tuner import SpectralModel  # noqa: E402
 from .calibration.calibrate import calibrate  # noqa: E402
@@ -67,6 +69,7 @@ __all__ = [
     "LoraExport",
     "MiLoRAConfig",
     "PiSSAConfig",
+    "Requantized",
     "SORSAConfig",
     "SVFitConfig",
     "Site",
@@ -78,8 +81,11 @@ __all__ = [
     "average_cores",
     "calibrate",
     "export_lora",
+    "load_requantized",
     "parameter_groups",
     "penalty",
     "push_to_hub",
+    "requantize",
+    "save_requantized",
     "to_lora",
 ]

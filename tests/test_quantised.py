@@ -8,7 +8,7 @@ from bases import learning, load, logits, move
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 
-from peft_kasa import KaSAConfig, PiSSAConfig
+from peft_kasa import KaSAConfig, PiSSAConfig, SpectralLinear
 from peft_kasa.adapter.base_weight import BaseWeight
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -104,6 +104,26 @@ def test_taking_a_state_dict_does_not_change_the_base(kind: str, targets: object
     for _ in range(2):
         model.state_dict()
         assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 single", "int8"])
+def test_a_merge_reports_what_requantising_loses_and_unloads_in_the_same_storage(kind: str, tiny: str) -> None:
+    model = get_peft_model(load(tiny, kind), PiSSAConfig(r=4, target_modules="all-linear"))
+    storage = {layer.name: type(layer.base_layer) for layer in model.modules() if isinstance(layer, SpectralLinear)}
+    move(model, 0.02)
+    layers = [layer for layer in model.modules() if isinstance(layer, SpectralLinear)]
+    updates = {layer.name: layer.lowrank("default").dense() for layer in layers}
+    wholes = {layer.name: layer.base.matrix() + updates[layer.name] for layer in layers}
+    with pytest.warns(UserWarning, match="Rounding to the base's storage lost up to"):
+        model.merge_adapter()
+    for layer in layers:
+        lost = (layer.base.matrix() - wholes[layer.name]).norm() / updates[layer.name].norm()
+        assert layer.merge_rounding == pytest.approx(lost.item(), rel=1e-4)
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="Rounding to the base's storage lost up to"):
+        merged = model.merge_and_unload()
+    assert {name: type(merged.get_submodule(name)) for name in storage} == storage
+    assert torch.equal(logits(merged), expected)
 
 
 def test_peft_kasa_on_four_bits_is_plain_lora_and_ours_is_not(tiny: str) -> None:

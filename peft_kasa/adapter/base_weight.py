@@ -16,11 +16,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .fourbit import FourBit
 from .sharding import in_parts, whole
+from .slots import Product
 
 
 class BaseWeight:
-    """Reads one base layer; only `overwrite` writes it, for merging.
+    """Reads one base layer; `overwrite` writes it, for merging, and `replace`, for `requantize`.
+
+    After `replace` the weight is what the layer holds plus `correction`, a product in float32 beside it.
 
     bitsandbytes repacks a 4-bit weight in place at the first evaluation on a CPU with AVX512-BF16: it rounds the block
     scales to bfloat16, loses the gradient of whatever is trained below from then on, and puts other scales back when a
@@ -34,6 +38,8 @@ class BaseWeight:
         self.transposed = isinstance(layer, Conv1D)
         self._scales = _kept_scales(layer) or self._current_scales()
         self._gathered: Tensor | None = None
+        self.correction: Product | None = None
+        self.first: FourBit | None = None  # what the layer held before `replace`, on the CPU
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -52,12 +58,14 @@ class BaseWeight:
         """
         weight: Any = self.layer.weight if self._gathered is None else self._gathered
         if self._scales is not None:
-            weight = self._dequantized_4bit(weight, as_repacked)
+            weight = FourBit(self._nibbles(weight), self._scales).matrix(as_repacked)
         elif getattr(self.layer, "state", None) is not None:
             weight = _dequantized_8bit(self.layer)
         elif self.backend is not None:
             weight = self.backend.get_base_weight(self.layer)
         weight = whole(weight).detach().to(torch.float32)
+        if self.correction is not None:
+            weight = weight + self._correction(weight.device).lowrank().dense()
         return weight.T if self.transposed else weight
 
     def apply(self, x: Tensor) -> Tensor:
@@ -87,9 +95,9 @@ class BaseWeight:
             return original
         state = getattr(self.layer, "state", None)  # of 8-bit layers: it takes the quantised weight over
         taken = None if state is None else (state.CB, state.SCB)
-        stored = (self.layer.weight, self._scales, taken)
+        stored = (self.layer.weight, self._scales, taken, self.correction)
         self.backend.set_base_weight(owner, weight)
-        self._scales = self._current_scales()
+        self._scales, self.correction = self._current_scales(), None
         return stored
 
     def restore(self, original: Any) -> None:
@@ -97,9 +105,43 @@ class BaseWeight:
         if self.backend is None:
             self.layer.weight.data.copy_(original)
             return
-        self.layer.weight, self._scales, taken = original
+        self.layer.weight, self._scales, taken, self.correction = original
         if taken is not None:
             self.layer.state.CB, self.layer.state.SCB = taken
+
+    def corrected(self, result: Tensor, x: Tensor) -> Tensor:
+        """The layer's output (..., m) for x, with what the correction adds."""
+        return result if self.correction is None else self._correction(x.device).added(result, x)
+
+    def four_bits(self) -> FourBit | None:
+        """What the layer holds, if it is a 4-bit one."""
+        return None if self._scales is None else FourBit(self._nibbles(self.layer.weight), self._scales)
+
+    def replace(self, held: FourBit, correction: Product | None) -> None:
+        """Makes the weight `held` plus a correction; `undo` takes it back."""
+        if self.first is None and (first := self.four_bits()) is not None:
+            self.first = first.to("cpu")
+        self._put(held)
+        self.correction = correction
+
+    def undo(self) -> None:
+        """Puts back what the layer held before `replace`, bit for bit."""
+        if self.first is not None and self.correction is not None:
+            self._put(self.first)
+            self.first = self.correction = None
+
+    def _put(self, held: FourBit) -> None:
+        weight: Any = self.layer.weight
+        weight.data, self._scales = held.to(weight.device)
+        weight.quant_state = self.layer.quant_state = copy.copy(self._scales)
+        _kept[self.layer] = (weakref.ref(weight), self._scales)
+
+    def _correction(self, device: torch.device) -> Product:
+        """On a device, where it stays: no module holds it, so that it is never cast, sharded or saved with a model."""
+        product: Any = self.correction
+        if product.up.device != device:
+            product = self.correction = Product(product.up.to(device), None, product.down.to(device))
+        return product
 
     def _current_scales(self) -> Any:
         """The state of a 4-bit weight in its unpacked form, or None. Packing keeps bfloat16 scales, transposed."""
@@ -116,18 +158,6 @@ class BaseWeight:
         from bitsandbytes import functional as bnb
 
         return bnb._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))[0]
-
-    def _dequantized_4bit(self, weight: Any, as_repacked: bool) -> Tensor:
-        from bitsandbytes import functional as bnb
-
-        nibbles, state = self._nibbles(weight), copy.copy(self._scales)
-        if state.absmax.device != nibbles.device:  # the layer has moved, and its live state with it
-            state.to(nibbles.device)
-        if as_repacked:
-            if state.nested:
-                state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-            state.absmax, state.nested = state.absmax.bfloat16().float(), False
-        return bnb.dequantize_4bit(nibbles, state)
 
 
 def _dequantized_8bit(layer: Any) -> Tensor:

@@ -69,7 +69,7 @@ class Filling:
         require(rank <= min(m, n), rule, rank)
         known = self.adapters[adapter] = Adapter(config, rank, scale)
         outline = Outline(torch.empty(m, n, device="meta"))
-        start = self._start(adapter, outline.weight, outline)
+        start = self.start_at(adapter, outline.weight, outline)
         known.asks = outline.asked
         values = slot.pack(start)
         if not config.keeps_frames:
@@ -87,7 +87,10 @@ class Filling:
     @torch.no_grad()
     def begin(self: Any, adapter: str, engine: Solver) -> None:
         """Gives the adapter its method's start, computed from the base weight."""
-        values = self._computed(adapter, engine)
+        self.fill(adapter, self._computed(adapter, engine))
+
+    def fill(self: Any, adapter: str, values: dict[str, Tensor]) -> None:
+        """Gives the adapter the values of a start."""
         config, learnt = self.adapters[adapter].config, self.learnt(adapter)
         if not config.keeps_frames:
             values |= anchors.anchors(values, learnt)
@@ -175,7 +178,7 @@ class Filling:
         weight = self.source(adapter)
         fingerprint = sketch(self.base.matrix(as_repacked=True))
         self._check_statistics(adapter, fingerprint)
-        return slot.pack(self._start(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
+        return slot.pack(self.start_at(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
 
     def _check_statistics(self: Any, adapter: str, fingerprint: Tensor) -> None:
         config = self.adapters[adapter].config
@@ -228,7 +231,8 @@ class Filling:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def _start(self: Any, adapter: str, weight: Tensor, engine: Solver) -> Start:
+    def start_at(self: Any, adapter: str, weight: Tensor, engine: Solver) -> Start:
+        """The method's start at a weight (m, n)."""
         try:
             return self.adapters[adapter].config.start(self.site(adapter, weight, engine))
         except ValueError as error:

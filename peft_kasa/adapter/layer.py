@@ -26,7 +26,8 @@ living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at 
 class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     """A linear layer with adapters of the family; PEFT makes these, users meet them in `print(model)`.
 
-    The base layer is called, never written: only `merge` does that, and `unmerge` puts the exact bits back. Slots are
+    The base layer is called, never written: only `merge` does that, and `unmerge` puts the exact bits back (and
+    `requantize`, on request, and `unload` puts them back). Slots are
     float32 parameters named `peft_kasa_learnt.<adapter>.<slot>` or `peft_kasa_frozen.<adapter>.<slot>` (TRL copies a
     reference by `.<adapter>.` in the name); products run in the dtype of the activations.
 
@@ -115,7 +116,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             self.unmerge()
         if self.training or x.requires_grad:
             self.base.unpack()
-        result = self.base_layer(x, *args, **kwargs)
+        result = self.base.corrected(self.base_layer(x, *args, **kwargs), x)
         if self.disable_adapters or self.merged:
             return result
         asked = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)

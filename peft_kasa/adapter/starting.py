@@ -99,5 +99,6 @@ def take_out(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> No
         if adapter in layer.adapters:
             layer.forget(adapter)
         if not layer.adapters:
+            layer.base.undo()
             parent, _, child = paths[id(layer)].rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)

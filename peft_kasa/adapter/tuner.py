@@ -150,6 +150,7 @@ class SpectralModel(Combining, BaseTuner):
         if not merge:
             for layer in layers:
                 layer.unmerge()
+                layer.base.undo()
         guard(self.model, False)
         model = super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs)
         _report_rounding(layers)

@@ -1,0 +1,68 @@
+"""What a 4-bit weight of bitsandbytes holds: nibbles and scales, as a value."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FourBit(NamedTuple):
+    """A matrix in 4 bits (nf4 or fp4), its block scales in 8 bits (double quantisation) or in float32."""
+
+    nibbles: Tensor  # two entries a byte, not repacked
+    scales: Any  # a QuantState, which is never written
+
+    def matrix(self, as_repacked: bool = False) -> Tensor:
+        """Dequantised, in the dtype that the state names; with the scales in bfloat16 if asked."""
+        from bitsandbytes import functional as bnb
+
+        state = self.to(self.nibbles.device).scales  # the layer may have moved, and its live state with it
+        if as_repacked:
+            if state.nested:
+                state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.absmax, state.nested = state.absmax.bfloat16().float(), False
+        return bnb.dequantize_4bit(self.nibbles, state)
+
+    def quantized(self, matrix: Tensor) -> FourBit:
+        """Another matrix, in the same format."""
+        from bitsandbytes import functional as bnb
+
+        old = self.scales
+        nibbles, state = bnb.quantize_4bit(
+            matrix.contiguous(),
+            blocksize=old.blocksize,
+            compress_statistics=old.nested,
+            quant_type=old.quant_type,
+            quant_storage=self.nibbles.dtype,
+        )
+        state.dtype = old.dtype
+        return FourBit(nibbles, state)
+
+    def to(self, device: torch.device | str) -> FourBit:
+        """A copy of the state, on this device; tensors that are there already are shared."""
+        state = copy.copy(self.scales)
+        if state.nested:
+            state.state2 = copy.copy(state.state2)
+        if state.absmax.device != torch.device(device):
+            state.to(device)
+        return FourBit(self.nibbles.to(device), state)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that differs between matrices of this format and shape, and the code that tells nf4 from fp4."""
+        state = self.scales
+        found = {"weight": self.nibbles, "absmax": state.absmax, "code": state.code}
+        if state.nested:
+            found |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
+        return found
+
+    def filled(self, tensors: dict[str, Tensor]) -> FourBit:
+        """The matrix that these tensors, of the same names and shapes, hold in this format."""
+        state = self.to(self.nibbles.device).scales
+        state.absmax = tensors["absmax"].to(state.absmax.device)
+        if state.nested:
+            state.offset = tensors["offset"].to(state.offset.device)
+            state.state2.absmax = tensors["nested_absmax"].to(state.state2.absmax.device)
+        return FourBit(tensors["weight"].to(self.nibbles.device), state)
