@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -100,6 +101,20 @@ class SpectralModel(Combining, BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # a wrapper makes its slots where its base layer is: nothing to move
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Collection[str]) -> None:
+        """With ensure_weight_tying the embedding alone is trained; PEFT ties the rest to it (`modules_to_tie`)."""
+        embedding = next(path for path, module in self.model.named_modules() if module is self._embedding())
+        tied = (embedding, *tied_weight_keys)
+        others = [
+            name for name in peft_config.modules_to_save if not any(f".{key}".endswith(f".{name}") for key in tied)
+        ]
+        peft_config.modules_to_save = [*others, embedding]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _embedding(self) -> nn.Module:
+        found = self.model.get_input_embeddings()
+        return getattr(found, "original_module", found)
 
     @classmethod
     def _get_adapter_state_dict(
