@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bases import fresh, learning, logits, move, steps
+from bases import fresh, learning, load, logits, move, steps
 from members import FORMS, Member
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -179,3 +181,44 @@ def test_tied_weights_stay_tied(given: dict[str, object], tmp_path: Path) -> Non
     merged = model.merge_and_unload()
     assert close(logits(merged), trained)
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+
+
+# Offloaded bases --------------------------------------------------------------------------------------------------
+
+
+def offloaded(tiny: str, folder: Path) -> LlamaForCausalLM:
+    """The tiny model with its second layer on disk."""
+    here = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"}
+    model = LlamaForCausalLM.from_pretrained(
+        tiny, device_map=places, offload_folder=folder / "off", dtype=torch.float32
+    )
+    assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+    return model.eval()
+
+
+@each_form
+def test_an_offloaded_base_is_as_good_as_one_at_hand(member: Member, tiny: str, tmp_path: Path) -> None:
+    config = member.config(r=2, target_modules=["q_proj", "up_proj"])
+    model, other = get_peft_model(offloaded(tiny, tmp_path), config), get_peft_model(load(tiny), config)
+    assert steps(model) == steps(other)
+    trained = logits(other)
+    assert torch.equal(logits(model), trained)
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert torch.equal(logits(PeftModel.from_pretrained(load(tiny), str(tmp_path / "saved"))), trained)
+    again = get_peft_model(offloaded(tiny, tmp_path), replace(PeftConfig.from_pretrained(str(tmp_path / "saved"))))
+    set_peft_model_state_dict(again, load_peft_weights(str(tmp_path / "saved")))
+    assert torch.equal(logits(again), trained)
+    model.merge_adapter()
+    assert close(logits(model), trained)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+    assert close(logits(model.merge_and_unload()), trained)
+
+
+def test_loaders_that_would_offload_an_adapter_are_refused(tiny: str, tmp_path: Path) -> None:
+    get_peft_model(load(tiny), PiSSAConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"hf_device_map has \['cpu', 'disk'\].*set_peft_model_state_dict"):
+        PeftModel.from_pretrained(offloaded(tiny, tmp_path), str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: the base is offloaded"):
+        offloaded(tiny, tmp_path).load_adapter(str(tmp_path / "saved"))

@@ -199,7 +199,7 @@ def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor])
 
 
 def _check_base(layer: Any, adapter: str, saved: Tensor) -> float:
-    if layer.base_layer.weight.is_meta:
+    if layer.base.absent:
         return 0.0
     found = distance(saved, sketch(layer.base.matrix(as_repacked=True)))
     if found > OTHER:

@@ -113,8 +113,8 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     for name in adapters:
         config = tuner.peft_config[name]
         rule = (
-            f"adapter {name!r} also trains modules in full, tokens or biases, which are no updates that add up: combine "
-            "adapters without modules_to_save, trainable_token_indices and bias"
+            f"adapter {name!r} also trains modules in full, tokens or biases, which are no updates that add up: "
+            "combine adapters without modules_to_save, trainable_token_indices and bias"
         )
         require(not config.beyond, rule, config.beyond)
 

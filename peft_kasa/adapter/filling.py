@@ -77,7 +77,7 @@ class Filling:
         shapes = {name: tuple(value.shape) for name, value in values.items()} | {FINGERPRINT: (SIDE, SIDE)}
         self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter] = Holder(), Holder()
         for name, shape in shapes.items():
-            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
+            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base.device)
             learns = name in start.train
             holder = self.peft_kasa_learnt if learns else self.peft_kasa_frozen
             holder[adapter].register_parameter(name, nn.Parameter(empty, requires_grad=learns))
@@ -168,7 +168,7 @@ class Filling:
 
     def on_meta(self: Any, adapter: str) -> bool:
         """Whether the adapter's slots, or the base weight, are without storage."""
-        return self.base_layer.weight.is_meta or any(value.is_meta for value in self.slots(adapter).values())
+        return self.base.absent or any(value.is_meta for value in self.slots(adapter).values())
 
     def _computed(self: Any, adapter: str, engine: Solver) -> dict[str, Tensor]:
         """The slots of the start at the base weight, and the fingerprint of that."""

@@ -23,6 +23,7 @@ from .file_fields import check_counts
 from .layer import SpectralLinear
 from .mixing import by_row, repeats
 from .naming import check_name
+from .offload import check_at_hand
 from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class SpectralModel(Combining, BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))
+            if values_follow:
+                check_at_hand(layers)
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
             if not values_follow and not (config.needs and config.statistics is None):
@@ -138,7 +141,7 @@ class SpectralModel(Combining, BaseTuner):
             mapped = {key: value for key, value in mapped.items() if f"frozen.{adapter_name}.{ANCHOR}" not in key}
         try:
             checkpoint.check(model, adapter_name, mapped)
-            if not config.keeps_frames and not any(layer.base_layer.weight.is_meta for layer in layers.values()):
+            if not config.keeps_frames and not any(layer.base.absent for layer in layers.values()):
                 mapped |= frames(layers, adapter_name, mapped)
         except ValueError:
             if any(layer.adapters[adapter_name].awaiting for layer in layers.values()):

@@ -145,7 +145,7 @@ class SpectralConfig(PeftConfig):
         alone = self.layers_pattern is not None and self.layers_to_transform is None
         require(not alone, "layers_pattern needs layers_to_transform, the numbers of the layers", self.layers_pattern)
         experts = (
-            "target_parameters has to be None: linear layers' weights are adapted, stacked experts are not. Name linear "
+            "target_parameters has to be None: linear layers are adapted, stacked experts are not. Name linear "
             "modules in target_modules, or adapt the experts with PEFT's LoraConfig"
         )
         require(not self.target_parameters, experts, self.target_parameters)
