@@ -64,7 +64,7 @@ class Filling:
         """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
         m, n = self.out_features, self.in_features
         rank = given_rank(config, self.name) or config.r or min(m, n)
-        scale = config.scale(rank, _pattern(config.alpha_pattern, self.name, config.alpha))
+        scale = module_scale(config, self.name, rank)
         rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
         require(rank <= min(m, n), rule, rank)
         known = self.adapters[adapter] = Adapter(config, rank, scale)
@@ -238,6 +238,11 @@ class Filling:
 def given_rank(config: SpectralConfig, name: str) -> int | None:
     """The rank that rank_pattern gives a module, if any."""
     return _pattern(config.rank_pattern, name, None)
+
+
+def module_scale(config: SpectralConfig, name: str, rank: int) -> float:
+    """The scale s of a module that has this rank."""
+    return config.scale(rank, _pattern(config.alpha_pattern, name, config.alpha))
 
 
 def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
