@@ -65,7 +65,7 @@ class Filling:
         m, n = self.out_features, self.in_features
         rank = given_rank(config, self.name) or config.r or min(m, n)
         scale = module_scale(config, self.name, rank)
-        rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
+        rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern, exclude_modules)"
         require(rank <= min(m, n), rule, rank)
         known = self.adapters[adapter] = Adapter(config, rank, scale)
         outline = Outline(torch.empty(m, n, device="meta"))
