@@ -159,9 +159,11 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def _owned(self, result: Tensor) -> bool:
         """Whether nobody else has the base layer's output, or needs it as it is for a backward pass."""
+        if torch.compiler.is_compiling():  # first: what follows cannot be traced
+            return False
         base = self.base_layer
         plain = type(base) is nn.Linear and not base._forward_hooks and not base._backward_hooks
-        return plain and not result._is_view() and not torch.compiler.is_compiling()
+        return plain and not result._is_view()
 
     def _product(self, adapter: str, slots: slot.Slots) -> slot.Product:
         known = self.adapters[adapter]
