@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from bases import fresh, learning, load, logits, move, steps
-from members import FORMS, Member
-from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from members import FORMS, VARIANTS, Member
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.utils import load_peft_weights
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -58,6 +68,20 @@ def test_biases_learn_and_come_back(bias: str, member: Member, tmp_path: Path) -
     assert torch.equal(logits(again), trained)
     assert {name for name, p in again.named_parameters() if p.requires_grad and name.endswith("bias")} == names
     assert close(logits(again.merge_and_unload()), trained)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_every_loader_brings_the_biases(bias: str, tmp_path: Path) -> None:
+    config = PiSSAConfig(r=2, target_modules=["c_attn"], bias=bias)
+    model = gpt2()
+    model.add_adapter(config)
+    move(model)
+    model.save_pretrained(str(tmp_path))
+    again, other = gpt2(), inject_adapter_in_model(config, gpt2())
+    again.load_adapter(str(tmp_path))
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    for found in (again, other, PeftModel.from_pretrained(gpt2(), str(tmp_path), low_cpu_mem_usage=True)):
+        assert torch.equal(logits(found), logits(model))
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -197,18 +221,29 @@ def offloaded(tiny: str, folder: Path) -> LlamaForCausalLM:
     return model.eval()
 
 
-@each_form
-def test_an_offloaded_base_is_as_good_as_one_at_hand(member: Member, tiny: str, tmp_path: Path) -> None:
+PLACES = {
+    "disk": offloaded,
+    "cpu": lambda tiny, _: cpu_offload(load(tiny), execution_device=torch.device("cpu")),
+}
+THROUGH_BASE = [member for member in VARIANTS if member.label == "lora_null v2"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("member", FORMS + THROUGH_BASE, ids=str)
+def test_an_offloaded_base_is_as_good_as_one_at_hand(place: str, member: Member, tiny: str, tmp_path: Path) -> None:
     config = member.config(r=2, target_modules=["q_proj", "up_proj"])
-    model, other = get_peft_model(offloaded(tiny, tmp_path), config), get_peft_model(load(tiny), config)
+    model, other = get_peft_model(PLACES[place](tiny, tmp_path), config), get_peft_model(load(tiny), config)
     assert steps(model) == steps(other)
     trained = logits(other)
     assert torch.equal(logits(model), trained)
     model.save_pretrained(str(tmp_path / "saved"))
     assert torch.equal(logits(PeftModel.from_pretrained(load(tiny), str(tmp_path / "saved"))), trained)
-    again = get_peft_model(offloaded(tiny, tmp_path), replace(PeftConfig.from_pretrained(str(tmp_path / "saved"))))
+    again = get_peft_model(PLACES[place](tiny, tmp_path), replace(PeftConfig.from_pretrained(str(tmp_path / "saved"))))
     set_peft_model_state_dict(again, load_peft_weights(str(tmp_path / "saved")))
     assert torch.equal(logits(again), trained)
+    again.add_adapter("second", KaSAConfig(r=2, target_modules=["v_proj"]))
+    again.set_adapter("second")
+    assert torch.isfinite(logits(again)).all()
     model.merge_adapter()
     assert close(logits(model), trained)
     model.unmerge_adapter()
