@@ -248,7 +248,22 @@ def test_an_offloaded_base_is_as_good_as_one_at_hand(place: str, member: Member,
     assert close(logits(model), trained)
     model.unmerge_adapter()
     assert torch.equal(logits(model), trained)
+    model.merge_adapter()
+    with model.disable_adapter():  # which unmerges, in the middle of a forward pass
+        assert torch.equal(logits(model), logits(load(tiny)))
+    assert torch.equal(logits(model), trained)
     assert close(logits(model.merge_and_unload()), trained)
+
+
+def test_a_merge_of_one_layer_reaches_what_is_on_disk(tiny: str, tmp_path: Path) -> None:
+    model = get_peft_model(offloaded(tiny, tmp_path), PiSSAConfig(r=2, target_modules=["q_proj"]))
+    move(model)
+    trained, layer = logits(model), model.base_model.model.model.layers[1].self_attn.q_proj
+    layer.merge()
+    assert close(layer.base.matrix() - layer.original(), layer.get_delta_weight("default"))
+    assert close(logits(model), trained)
+    layer.unmerge()
+    assert torch.equal(logits(model), trained)
 
 
 def test_loaders_that_would_offload_an_adapter_are_refused(tiny: str, tmp_path: Path) -> None:
