@@ -15,6 +15,7 @@ _peft_type.add_member(_peft.PeftType, _peft_type.NAME)
 
 from .adapter.export import LoraExport, export_lora, to_lora  # noqa: E402
 from .adapter.federated import average_cores  # noqa: E402
+from .adapter.hotswap import hotswap_adapter  # noqa: E402
 from .adapter.hub import push_to_hub  # noqa: E402
 from .adapter.layer import SpectralLinear  # noqa: E402
 from .adapter.register import register as _register  # noqa: E402
@@ -81,7 +82,11 @@ __all__ = [
     "average_cores",
     "calibrate",
     "export_lora",
+<<<<<<< HEAD
     "load_requantized",
+=======
+    "hotswap_adapter",
+>>>>>>> surface2
     "parameter_groups",
     "penalty",
     "push_to_hub",

@@ -238,6 +238,6 @@ def test_bad_arguments_are_refused(given: tuple[object, ...], options: dict[str,
 def test_what_does_not_add_up_is_refused(extra: dict[str, object], tiny: str) -> None:
     model = get_peft_model(load(tiny), kasa.config(**extra), adapter_name="m0")
     with pytest.raises(
-        ValueError, match=r"adapter 'm0' also trains modules in full, or tokens.*without modules_to_save"
+        ValueError, match=r"adapter 'm0' also trains modules in full, tokens or biases.*without modules_to_save"
     ):
         model.add_weighted_adapter(["m0"], [1.0], "x")

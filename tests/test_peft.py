@@ -171,10 +171,10 @@ def test_conv1d_keeps_its_transposed_weight(member: Member) -> None:
 def test_peft_converts_it_to_lora(member: Member, tiny: str) -> None:
     model = get_peft_model(load(tiny), member.config(target_modules=["q_proj"]))
     move(model)
-    lora, state = convert_to_lora(model, rank=8)
+    lora, state = convert_to_lora(model, rank=4 * member.export_rank)
     again = get_peft_model(load(tiny), lora)
     set_peft_model_state_dict(again, state)
-    assert torch.allclose(logits(again), logits(model), atol=1e-3)
+    assert (logits(again) - logits(model)).norm() < 1e-5 * logits(model).norm()
 
 
 @each_member
@@ -242,8 +242,8 @@ BAD = [
     ({"r": 2.5}, "r has to be a whole number of at least 1. Found 2.5"),
     ({"rank_pattern": {"q": -1}}, "Found -1"),
     ({"dropout": 1.0}, "dropout has to be 0 <= dropout < 1. Found 1.0"),
-    ({"alpha": 0}, "alpha has to be a number above 0. Found 0"),
-    ({"alpha": "16"}, "alpha has to be a number above 0. Found '16'"),
+    ({"alpha": 0}, "alpha has to be a finite number above 0. Found 0"),
+    ({"alpha": "16"}, "alpha has to be a finite number above 0. Found '16'"),
     ({"use_rslora": True}, "use_rslora needs alpha"),
     ({"r": True}, "Found True"),
     ({"reduction": "max"}, "reduction has to be 'mean' or 'sum'. Found 'max'"),

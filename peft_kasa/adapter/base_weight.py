@@ -16,7 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+<<<<<<< HEAD
 from .fourbit import FourBit
+=======
+from .offload import away, brought, work_device
+>>>>>>> surface2
 from .sharding import in_parts, whole
 from .slots import Product
 
@@ -41,6 +45,16 @@ class BaseWeight:
         self.correction: Product | None = None
         self.first: FourBit | None = None  # what the layer held before `replace`, on the CPU
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes, and its adapters' slots live."""
+        return work_device(self.layer)
+
+    @property
+    def absent(self) -> bool:
+        """Whether there is no weight: not loaded yet. An offloaded one is there."""
+        return self.layer.weight.is_meta and not away(self.layer)  # type: ignore[union-attr, operator]
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Keeps a weight that processes hold in parts as a whole, so that any of them may read it, or none."""
@@ -56,6 +70,10 @@ class BaseWeight:
         With `as_repacked`, 4-bit scales are rounded to bfloat16 as repacking does: the same whether or not it happened.
         Of a weight in parts every process has to read it, or `gathered` before.
         """
+        with brought(self.layer):
+            return self._read(as_repacked)
+
+    def _read(self, as_repacked: bool) -> Tensor:
         weight: Any = self.layer.weight if self._gathered is None else self._gathered
         if self._scales is not None:
             weight = FourBit(self._nibbles(weight), self._scales).matrix(as_repacked)
@@ -72,8 +90,9 @@ class BaseWeight:
         """W x, without the bias, W as it reads back after repacking: quantised layers round products, or quantise x."""
         if self.backend is not None:
             return _Apply.apply(x, self)
-        weight: Any = self.layer.weight
-        return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
+        with brought(self.layer):
+            weight: Any = self.layer.weight
+            return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
 
     def unpack(self) -> None:
         """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since."""
@@ -90,8 +109,9 @@ class BaseWeight:
         """Stores an (out, in) matrix in the layer's own format, and returns the original for `restore`."""
         weight = weight.T if self.transposed else weight
         if self.backend is None:
-            original = self.layer.weight.detach().to("cpu", copy=True)
-            self.layer.weight.data.copy_(weight)
+            with brought(self.layer, to_write=True):
+                original = self.layer.weight.detach().to("cpu", copy=True)
+                self.layer.weight.data.copy_(weight)
             return original
         state = getattr(self.layer, "state", None)  # of 8-bit layers: it takes the quantised weight over
         taken = None if state is None else (state.CB, state.SCB)
@@ -103,7 +123,8 @@ class BaseWeight:
     def restore(self, original: Any) -> None:
         """Puts back what `overwrite` returned, bit for bit."""
         if self.backend is None:
-            self.layer.weight.data.copy_(original)
+            with brought(self.layer, to_write=True):
+                self.layer.weight.data.copy_(original)
             return
         self.layer.weight, self._scales, taken, self.correction = original
         if taken is not None:
@@ -111,7 +132,7 @@ class BaseWeight:
 
     def corrected(self, result: Tensor, x: Tensor) -> Tensor:
         """The layer's output (..., m) for x, with what the correction adds."""
-        return result if self.correction is None else self._correction(x.device).added(result, x)
+        return result if self.correction is None else result + self._correction(x.device)(x).to(result.dtype)
 
     def four_bits(self) -> FourBit | None:
         """What the layer holds, if it is a 4-bit one."""

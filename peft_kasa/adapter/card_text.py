@@ -61,7 +61,7 @@ def _facts(model: Any, adapters: Sequence[str], base: str) -> list[list[str]]:
         "target modules": lambda a: ", ".join(f"`{name}`" for name in _targets(layers[a])),
         "adapted modules": lambda a: f"{len(layers[a]):,}",
         "parameters that learn": lambda a: f"{_learning(layers[a], a):,}",
-        "also trained": lambda a: ", ".join(f"`{name}`" for name in _others(configs[a])),
+        "also trained": lambda a: ", ".join(f"`{name}`" for name in configs[a].beyond),
     }
     table = [[what, *(value(adapter) for adapter in adapters)] for what, value in rows.items()]
     return [row for row in table if any(row[1:])]
@@ -88,12 +88,6 @@ def _targets(layers: list[SpectralLinear]) -> list[str]:
 def _learning(layers: list[SpectralLinear], adapter: str) -> int:
     learnt = (value for layer in layers for value in layer.peft_kasa_learnt[adapter].parameters())
     return sum(whole_shape(value).numel() for value in learnt)
-
-
-def _others(config: SpectralConfig) -> list[str]:
-    """What is trained in full, besides the adapted modules."""
-    tokens = ["token embeddings"] if config.trainable_token_indices else []
-    return sorted(config.modules_to_save or []) + tokens
 
 
 def _range(values: Iterable[float]) -> str:

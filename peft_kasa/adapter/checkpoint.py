@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..peft_type import PREFIX
 from . import anchors
+from .biases import check_biases, trained_biases
 from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
 from .sharding import in_parts, whole_shape, wholes
 
@@ -79,7 +80,11 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
         if slot not in left_out(layer, adapter)
     }
     _check_keys(expected, state)
-    _check_others(model, adapter, {key: value for key, value in state.items() if key not in expected})
+    config = next((layer.adapters[adapter].config for layer in layers.values()), None)
+    biases = trained_biases(model, set(layers), config) if config else set()
+    check_biases(biases, state)
+    others = {key: value for key, value in state.items() if key not in expected}
+    _check_others(model, adapter, others, biases)
     for key, (name, slot, shape) in expected.items():
         _check_value(name, slot, shape, state[key])
     for path, layer in layers.items():
@@ -137,13 +142,15 @@ def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: di
         )
 
 
-def _check_others(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
-    """What a file may hold besides slots: modules_to_save, trained tokens, resized embeddings. Never a base weight."""
+def _check_others(model: nn.Module, adapter: str, state: dict[str, Tensor], biases: set[str]) -> None:
+    """What a file may hold besides slots: modules_to_save, trained tokens, resized embeddings, and biases that its
+    config trains. Never a base weight.
+    """
     shapes = {_bare(name): tuple(value.shape) for name, value in model.named_parameters()} if state else {}
     for key, value in state.items():
         name = _bare(key)
         own = (".modules_to_save." in key or ".token_adapter." in key) and f".{adapter}." in f"{key}."
-        if not own and not _is_embedding(key):
+        if not own and key not in biases and not _is_embedding(key):
             raise ValueError(
                 f"{name}: the adapter's file has this tensor, which is none of the "
                 "adapter's and might overwrite the base. Save the adapter again from its source."
@@ -192,7 +199,7 @@ def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor])
 
 
 def _check_base(layer: Any, adapter: str, saved: Tensor) -> float:
-    if layer.base_layer.weight.is_meta:
+    if layer.base.absent:
         return 0.0
     found = distance(saved, sketch(layer.base.matrix(as_repacked=True)))
     if found > OTHER:

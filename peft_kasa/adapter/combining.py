@@ -118,11 +118,10 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     for name in adapters:
         config = tuner.peft_config[name]
         rule = (
-            f"adapter {name!r} also trains modules in full, or tokens, which are no updates that add up: combine "
-            + ("adapters without modules_to_save and trainable_token_indices")
+            f"adapter {name!r} also trains modules in full, tokens or biases, which are no updates that add up: "
+            "combine adapters without modules_to_save, trainable_token_indices and bias"
         )
-        extra = config.modules_to_save or config.trainable_token_indices
-        require(not extra, rule, extra)
+        require(not config.beyond, rule, config.beyond)
 
 
 def _sum(layer: SpectralLinear, terms: list[tuple[str, float]], kind: Combination, rank: int | None) -> Sum:

@@ -64,7 +64,8 @@ def to_lora(
         uniform: one rank for all modules (zero-padded), no patterns: what servers read. False: each module its own.
 
     Raises:
-        ValueError: an unknown adapter, a rank above 512 that was not asked for, or, with `uniform`, modules_to_save.
+        ValueError: an unknown adapter, a rank above 512 that was not asked for, or, with `uniform`, an adapter that
+            trains modules in full, tokens or biases besides.
 
     Example:
         >>> import torch
@@ -157,16 +158,16 @@ def _config(model: Any, adapter: str) -> SpectralConfig:
 
 
 def _beyond_slots(model: Any, adapter: str, config: SpectralConfig, uniform: bool) -> dict[str, Tensor]:
-    """What the adapter saves besides its slots: modules_to_save, trainable tokens."""
-    if not config.modules_to_save and not config.trainable_token_indices:
+    """What the adapter saves besides its slots: modules_to_save, trained tokens, biases."""
+    if not config.beyond:
         return {}
     if uniform:
         raise ValueError(
-            f"The adapter also trains {config.modules_to_save or 'token embeddings'}, which servers do not take in a "
+            f"The adapter also trains {config.beyond}, which servers do not take in a "
             "LoRA. Pass uniform=False for a LoRA that PEFT loads, or merge_and_unload."
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {key: value for key, value in state.items() if f".{PREFIX}" not in key}
+    return {key: value.clone() for key, value in state.items() if f".{PREFIX}" not in key}  # tied ones share memory
 
 
 def _padded(value: LowRank, rank: int) -> tuple[Tensor, Tensor]:
@@ -188,6 +189,8 @@ def _lora_config(
         alpha_pattern=dict(own),
         modules_to_save=config.modules_to_save if extra else None,
         trainable_token_indices=config.trainable_token_indices if extra else None,
+        ensure_weight_tying=bool(extra) and config.ensure_weight_tying,
+        bias=config.bias.replace("peft_kasa", "lora"),  # type: ignore[arg-type]
         fan_in_fan_out=any(layer.base.transposed for layer in layers.values()),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,

@@ -114,6 +114,6 @@ def _check_alike(
                 "so the cores do not belong to the same frames. Give all clients one start: save it once, and let each "
                 "go on from there."
                 if FROZEN in key
-                else "and only cores are averaged. Train without modules_to_save and trainable_token_indices."
+                else "and only cores are averaged. Train without modules_to_save, trainable_token_indices and bias."
             )
             raise ValueError(f"{folder}: {key} differs from the first adapter's, {reason}")

@@ -64,8 +64,8 @@ class Filling:
         """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
         m, n = self.out_features, self.in_features
         rank = given_rank(config, self.name) or config.r or min(m, n)
-        scale = config.scale(rank, _pattern(config.alpha_pattern, self.name, config.alpha))
-        rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern)"
+        scale = module_scale(config, self.name, rank)
+        rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern, exclude_modules)"
         require(rank <= min(m, n), rule, rank)
         known = self.adapters[adapter] = Adapter(config, rank, scale)
         outline = Outline(torch.empty(m, n, device="meta"))
@@ -77,7 +77,7 @@ class Filling:
         shapes = {name: tuple(value.shape) for name, value in values.items()} | {FINGERPRINT: (SIDE, SIDE)}
         self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter] = Holder(), Holder()
         for name, shape in shapes.items():
-            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base_layer.weight.device)
+            empty = torch.full(shape, torch.nan, dtype=torch.float32, device=self.base.device)
             learns = name in start.train
             holder = self.peft_kasa_learnt if learns else self.peft_kasa_frozen
             holder[adapter].register_parameter(name, nn.Parameter(empty, requires_grad=learns))
@@ -171,7 +171,7 @@ class Filling:
 
     def on_meta(self: Any, adapter: str) -> bool:
         """Whether the adapter's slots, or the base weight, are without storage."""
-        return self.base_layer.weight.is_meta or any(value.is_meta for value in self.slots(adapter).values())
+        return self.base.absent or any(value.is_meta for value in self.slots(adapter).values())
 
     def _computed(self: Any, adapter: str, engine: Solver) -> dict[str, Tensor]:
         """The slots of the start at the base weight, and the fingerprint of that."""
@@ -242,6 +242,11 @@ class Filling:
 def given_rank(config: SpectralConfig, name: str) -> int | None:
     """The rank that rank_pattern gives a module, if any."""
     return _pattern(config.rank_pattern, name, None)
+
+
+def module_scale(config: SpectralConfig, name: str, rank: int) -> float:
+    """The scale s of a module that has this rank."""
+    return config.scale(rank, _pattern(config.alpha_pattern, name, config.alpha))
 
 
 def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

@@ -75,9 +75,7 @@ def push_adapters(model: Any, repo_id: str, **options: Any) -> str:
 
 def _export(model: Any, path: str, adapter: str, rank: int | None) -> LoraExport:
     """Uniform for servers, unless it trains more than servers take in a LoRA: PEFT loads that."""
-    config = model.peft_config[adapter]
-    more = bool(config.modules_to_save or config.trainable_token_indices)
-    return export_lora(model, path, adapter, rank, uniform=not more)
+    return export_lora(model, path, adapter, rank, uniform=not model.peft_config[adapter].beyond)
 
 
 def _push(

@@ -41,7 +41,7 @@ def _parts(layers: list[SpectralLinear], ask: Ask | None, engine: Engine) -> lis
         return [[layer] for layer in layers]
     named = {layer.name: layer for layer in layers}
     shapes = {layer.name: torch.empty(layer.out_features, layer.in_features, device="meta") for layer in layers}
-    groups = replace(engine, device=layers[0].base_layer.weight.device).groups(shapes, ask.k)
+    groups = replace(engine, device=layers[0].base.device).groups(shapes, ask.k)
     return [[named[name] for name in names] for names in groups]
 
 
@@ -50,7 +50,7 @@ def _alike(layers: list[SpectralLinear], adapter: str) -> Iterator[tuple[Ask | N
     groups: dict[tuple[Ask | None, torch.device], list[SpectralLinear]] = {}
     for layer in layers:
         asks = layer.adapters[adapter].asks
-        key = (asks[0] if len(asks) == 1 else None, layer.base_layer.weight.device)
+        key = (asks[0] if len(asks) == 1 else None, layer.base.device)
         groups.setdefault(key, []).append(layer)
     return ((ask, alike) for (ask, _), alike in groups.items())
 
@@ -80,7 +80,7 @@ def _joined(jobs: list[Job]) -> Job:
 
 def job(layer: SpectralLinear, adapter: str, work: Callable[[], None], results: list[Tensor]) -> Job:
     """Work on one layer as the sweep takes it."""
-    shape, device = (layer.out_features, layer.in_features), layer.base_layer.weight.device
+    shape, device = (layer.out_features, layer.in_features), layer.base.device
     return Job(layer.name, shape, device, work, results, partial(_about, layer, adapter))
 
 

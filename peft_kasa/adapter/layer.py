@@ -166,7 +166,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves, and unlike PEFT's own does not cast: masters stay float32."""
-        target = device if device is not None else self.base_layer.weight.device
+        target = device if device is not None else self.base.device
         if adapter_name in self.adapters and not self.on_meta(adapter_name):
             for holder in (self.peft_kasa_learnt, self.peft_kasa_frozen):
                 holder[adapter_name].to(target)

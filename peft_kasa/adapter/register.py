@@ -20,6 +20,7 @@ from ..methods.method import require
 from ..peft_type import NAME, PREFIX
 from . import card, hub, source
 from .config_file import AdapterConfigFile
+from .offload import check_not_offloaded
 from .starting import layers_of, withdraw
 from .tuner import SpectralModel
 
@@ -93,6 +94,7 @@ def _save(
 
 
 def _load(theirs: Any, model: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    check_not_offloaded(getattr(model, "hf_device_map", None), len(model.peft_config))
     if adapter_name in model.peft_config:  # no config is read then, and its reader does not check the weights
         try:
             source.check(model_id, **model._split_kwargs(kwargs)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +23,7 @@ from .file_fields import check_counts
 from .layer import SpectralLinear
 from .mixing import by_row, repeats
 from .naming import check_name
+from .offload import check_at_hand
 from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class SpectralModel(Combining, BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))
+            if values_follow:
+                check_at_hand(layers)
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
             if not values_follow and not (config.needs and config.statistics is None):
@@ -101,6 +105,20 @@ class SpectralModel(Combining, BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # a wrapper makes its slots where its base layer is: nothing to move
 
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Collection[str]) -> None:
+        """With ensure_weight_tying the embedding alone is trained; PEFT ties the rest to it (`modules_to_tie`)."""
+        embedding = next(path for path, module in self.model.named_modules() if module is self._embedding())
+        tied = (embedding, *tied_weight_keys)
+        others = [
+            name for name in peft_config.modules_to_save if not any(f".{key}".endswith(f".{name}") for key in tied)
+        ]
+        peft_config.modules_to_save = [*others, embedding]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _embedding(self) -> nn.Module:
+        found = self.model.get_input_embeddings()
+        return getattr(found, "original_module", found)
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
@@ -123,7 +141,7 @@ class SpectralModel(Combining, BaseTuner):
             mapped = {key: value for key, value in mapped.items() if f"frozen.{adapter_name}.{ANCHOR}" not in key}
         try:
             checkpoint.check(model, adapter_name, mapped)
-            if not config.keeps_frames and not any(layer.base_layer.weight.is_meta for layer in layers.values()):
+            if not config.keeps_frames and not any(layer.base.absent for layer in layers.values()):
                 mapped |= frames(layers, adapter_name, mapped)
         except ValueError:
             if any(layer.adapters[adapter_name].awaiting for layer in layers.values()):

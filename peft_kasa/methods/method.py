@@ -43,6 +43,10 @@ class SpectralConfig(PeftConfig):
         rank_pattern, alpha_pattern: r and alpha by module name or regular expression, as in PEFT's LoraConfig.
         modules_to_save: further modules to train in full and to save.
         trainable_token_indices: as in PEFT's LoraConfig.
+        ensure_weight_tying: as in PEFT's LoraConfig, for modules_to_save and trainable_token_indices.
+        bias: which biases of the base learn, in place: "none", "all", or "peft_kasa_only", those of the targets. They
+            stay changed when the adapter is switched off, unloaded or deleted, as in PEFT.
+        target_parameters: only None: parameters that no linear layer holds are not adapted.
         seed: random starts depend on this and on the module's name, on nothing else.
         regularize: whether the method's regulariser acts at each optimiser step.
         reduction: whether the regulariser is the "mean" or the "sum" over modules.
@@ -81,6 +85,9 @@ class SpectralConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    bias: Literal["none", "all", "peft_kasa_only"] = "none"
+    target_parameters: list[str] | None = None
     seed: int = 0
     regularize: bool = True
     reduction: Literal["mean", "sum"] = "mean"
@@ -128,9 +135,20 @@ class SpectralConfig(PeftConfig):
         require(not ignored, "use_rslora needs alpha (without it the scale is the method's own)", self.alpha)
         require(isinstance(self.seed, int), "seed has to be a whole number", self.seed)
         require(self.reduction in ("mean", "sum"), "reduction has to be 'mean' or 'sum'", self.reduction)
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        choice("bias", self.bias, ("none", "all", "peft_kasa_only"))
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, str):  # "all-linear" too: PEFT puts full names for it, and takes them all
             layered = self.layers_to_transform is not None or self.layers_pattern is not None
             require(not layered, "layers_to_transform needs target_modules as a list", self.target_modules)
+        alone = self.layers_pattern is not None and self.layers_to_transform is None
+        require(not alone, "layers_pattern needs layers_to_transform, the numbers of the layers", self.layers_pattern)
+        experts = (
+            "target_parameters has to be None: linear layers are adapted, stacked experts are not. Name linear "
+            "modules in target_modules, or adapt the experts with PEFT's LoraConfig"
+        )
+        require(not self.target_parameters, experts, self.target_parameters)
 
     def _check_budget(self) -> None:
         budget = self.rank_budget
@@ -192,6 +210,12 @@ class SpectralConfig(PeftConfig):
     def regularizes(self) -> bool:
         """Whether this config has a regulariser and it is switched on."""
         return self.regularize and type(self).penalty is not SpectralConfig.penalty
+
+    @property
+    def beyond(self) -> list[str]:
+        """What is trained besides the updates of the target modules, in words."""
+        tokens = ["token embeddings"] if self.trainable_token_indices else []
+        return sorted(self.modules_to_save or []) + tokens + (["biases"] if self.bias != "none" else [])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as adapter_config.json holds them: sets become sorted lists, so that a file is reproducible."""

@@ -1,0 +1,74 @@
+"""Another adapter's values in the place of one that is loaded, without a new module or a recompilation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Any
+
+from peft import PeftConfig, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+
+from ..methods.method import SpectralConfig, require
+from .export import adapted
+from .filling import module_scale
+from .layer import SpectralLinear
+
+
+def hotswap_adapter(
+    model: Any, path: str | os.PathLike[str], adapter_name: str = "default", torch_device: Any = None, **kwargs: Any
+) -> None:
+    """Copies the values of a saved adapter into those of a loaded one, in place: a compiled model stays compiled.
+
+    PEFT's `peft.utils.hotswap.hotswap_adapter` does this for LoRA and refuses all other types. Here both adapters have
+    to be of one method and of the same shapes; nothing is padded. What the file gives is checked as at loading.
+
+    Args:
+        model: a PeftModel with the adapter, or what torch.compile made of it.
+        path: the folder, or the Hub's name, of the saved adapter.
+        adapter_name: the adapter whose values are replaced. It keeps its name.
+        torch_device: where the file is read to. None: the CPU.
+        **kwargs: subfolder, revision, cache_dir, token: as in PEFT's from_pretrained.
+
+    Raises:
+        ValueError: another method, variant, scale, shape or base, a merged adapter, or one that trains more than its
+            updates. The loaded adapter is left as it was.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from peft_kasa import PiSSAConfig, hotswap_adapter
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> model = get_peft_model(base, PiSSAConfig(r=2, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     hotswap_adapter(model, folder)
+    """
+    model = getattr(model, "_orig_mod", model)
+    layers = list(adapted(model, adapter_name).values())
+    config: Any = PeftConfig.from_pretrained(path, **kwargs)
+    _check(model.peft_config[adapter_name], config, os.fspath(path))
+    for layer in layers:
+        _check_layer(layer, adapter_name, config)
+    state = load_peft_weights(os.fspath(path), device=torch_device or "cpu", **kwargs)
+    set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+
+
+def _check(loaded: SpectralConfig, config: Any, path: str) -> None:
+    """The method's own fields have to be the same: the layers go on with the loaded adapter's."""
+    require(type(config) is type(loaded), f"{path}: the adapter has to be a {type(loaded).__name__}", config.peft_type)
+    own = {field.name for field in fields(config)} - {field.name for field in fields(SpectralConfig)}
+    for name in sorted(own):
+        rule = f"{path}: {name} has to be {getattr(loaded, name)!r}, as in the loaded adapter"
+        require(getattr(config, name) == getattr(loaded, name), rule, getattr(config, name))
+    more = loaded.beyond + config.beyond
+    require(not more, f"{path}: an adapter that is swapped has to train its updates only. Use load_adapter", more)
+
+
+def _check_layer(layer: SpectralLinear, adapter: str, config: SpectralConfig) -> None:
+    known = layer.adapters[adapter]
+    rule = f"{layer.name}: adapter {adapter!r} has to be unmerged (unmerge_adapter) to be swapped"
+    require(adapter not in layer.merged_adapters, rule, layer.merged_adapters)
+    scale = module_scale(config, layer.name, known.rank)
+    rule = f"{layer.name}: the scale (alpha, r, use_rslora) has to be {known.scale:g}, as in the loaded adapter"
+    require(scale == known.scale, rule, scale)
