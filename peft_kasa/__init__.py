@@ -82,11 +82,8 @@ __all__ = [
     "average_cores",
     "calibrate",
     "export_lora",
-<<<<<<< HEAD
     "load_requantized",
-=======
     "hotswap_adapter",
->>>>>>> surface2
     "parameter_groups",
     "penalty",
     "push_to_hub",

@@ -9,18 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-<<<<<<< HEAD
 from .fourbit import FourBit
-=======
 from .offload import away, brought, work_device
->>>>>>> surface2
 from .sharding import in_parts, whole
 from .slots import Product
 
@@ -248,23 +243,3 @@ def _is_4bit(layer: nn.Module) -> bool:
 
 def _packed(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
-
-
-def unsupported(layer: nn.Module) -> str | None:
-    """Why a layer cannot be adapted, or None if it can."""
-    if isinstance(layer, BaseTunerLayer):
-        return "another PEFT method has wrapped it already. Unload that first"
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads this weight without calling the layer, so an adapter would have no effect"
-    if hasattr(layer, "parametrizations"):
-        return "its weight is a parametrization of another. Remove that first (torch.nn.utils.parametrize)"
-    if isinstance(getattr(layer, "weight", None), DTensor):
-        return "its weight is sharded already, and adapters would not be. Shard the model after get_peft_model"
-    if isinstance(layer, nn.Linear | Conv1D) and resolve_quantization_backend(layer) is None:
-        return None
-    backend = resolve_quantization_backend(layer)
-    if backend is None or backend.layer_type != "linear":
-        return f"{type(layer).__name__} is not a linear layer. Choose Linear, Conv1D or quantised linear layers"
-    if not backend.supports_merge:
-        return f"{backend.backend_name} weights cannot be read back, which a decomposition needs"
-    return None

@@ -39,8 +39,8 @@ def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> N
     kept = {slot: value for slot, value in slots.items() if not slot.startswith(anchors.PREFIX)}
     if not layer.adapters[adapter].config.keeps_frames:
         kept |= anchors.anchors(kept, layer.learnt(adapter))
-    without = left_out(layer, adapter)
-    state |= {keys[slot][0]: value for slot, value in kept.items() if slot not in without}
+    without, new = left_out(layer, adapter), f"{path}.{PREFIX}frozen.{adapter}."  # anchors, if save_frames was switched
+    state |= {keys[s][0] if s in keys else new + s: value for s, value in kept.items() if s not in without}
 
 
 def _keys(path: str, layer: Any, adapter: str) -> dict[str, tuple[str, Tensor]]:

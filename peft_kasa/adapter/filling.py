@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,33 +15,13 @@ from ..methods.method import SpectralConfig, require
 from ..methods.site import Site, Start
 from ..spectral import Engine
 from ..spectral.checksum import checksum
-from ..spectral.plan import Ask, Outline, Solver
+from ..spectral.plan import Outline, Solver
 from . import anchors, checkpoint
 from . import slots as slot
 from .fingerprint import FINGERPRINT, SIDE, sketch
+from .known import Adapter
 from .sharding import whole
 from .statistics import located
-
-
-@dataclass
-class Adapter:
-    """What a layer knows of one adapter besides its tensors."""
-
-    config: SpectralConfig
-    rank: int
-    scale: float
-    awaiting: bool = True  # its slots have no values yet: a file or the method's start will give them
-    began: str = ""  # checksums of what learns, at the start; none where a file gave the values
-    asks: list[Ask | None] = field(default_factory=list)  # the cuts that its start takes, None for other matrices
-    peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
-    trained: bool = False  # a forward pass has asked for its gradients
-    masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
-    frozen: dict[str, Tensor] = field(default_factory=dict)  # copies of what ZeRO-3 has in parts and does not save
-
-    @property
-    def uncalibrated(self) -> bool:
-        """Whether it waits for statistics of data."""
-        return self.awaiting and bool(self.config.needs) and self.config.statistics is None
 
 
 class Holder(nn.Module):

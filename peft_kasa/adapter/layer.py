@@ -15,7 +15,8 @@ from ..peft_type import PREFIX
 from ..spectral import LowRank
 from . import slots as slot
 from .base_weight import BaseWeight
-from .filling import Adapter, Filling
+from .filling import Filling
+from .known import Adapter
 from .merging import Merging
 from .rows import mixed
 from .sharding import at_hand, whole_shape, wholes

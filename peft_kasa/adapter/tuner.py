@@ -16,7 +16,7 @@ from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from . import checkpoint
 from .anchors import PREFIX as ANCHOR
-from .base_weight import guard, unsupported
+from .base_weight import guard
 from .budget import adopt, start
 from .combining import Combining
 from .file_fields import check_counts
@@ -25,6 +25,7 @@ from .mixing import by_row, repeats
 from .naming import check_name
 from .offload import check_at_hand
 from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
+from .supported import unsupported
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from torch import nn
 
-from ..adapter.base_weight import unsupported
 from ..adapter.layer import SpectralLinear
+from ..adapter.supported import unsupported
 from ..adapter.tuner import SpectralModel
 from ..methods.method import SpectralConfig
 
