@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from members import MEMBERS, Member
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_kasa import export_lora, to_lora
+from peft_kasa import LoraExport, export_lora, to_lora
 
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
@@ -27,10 +28,11 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from peft import PeftModel
 from transformers import LlamaForCausalLM
-base, folder, out = sys.argv[1:]
-model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
+base, *folders = sys.argv[1:]
 ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
-torch.save(model(input_ids=ids).logits.detach(), out)
+for folder in folders:
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
+    torch.save(model(input_ids=ids).logits.detach(), folder + "/logits.pt")
 """
 
 
@@ -51,14 +53,24 @@ def outputs(model: PeftModel) -> torch.Tensor:
     return model.train()(input_ids=tokens()).logits.float()
 
 
+@pytest.fixture(scope="module")
+def exported(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[LoraExport, torch.Tensor]]:
+    """By member, its export, whose folder has the logits of a process without this package, and the adapter's own."""
+    folder, found = tmp_path_factory.mktemp("exported"), {}
+    for member in MEMBERS:
+        model = trained(member, tiny, alpha=6, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6})
+        found[str(member)] = export_lora(model, folder / str(member)), logits(model)
+    paths = [report.path for report, _ in found.values()]
+    subprocess.run([sys.executable, "-c", WITHOUT, tiny, *paths], check=True)
+    return found
+
+
+@pytest.mark.xdist_group("exported")
 @each_member
-def test_exact_in_a_process_without_this_package(member: Member, tiny: str, tmp_path: Path) -> None:
-    model = trained(member, tiny, alpha=6, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6})
-    report = export_lora(model, tmp_path / "lora")
+def test_exact_in_a_process_without_this_package(member: Member, exported: Any) -> None:
+    report, expected = exported[str(member)]
     assert report.rank == 6 * member.export_rank
-    out = str(tmp_path / "logits.pt")
-    subprocess.run([sys.executable, "-c", WITHOUT, tiny, report.path, out], check=True)
-    assert relative(torch.load(out), logits(model)) <= 1e-5
+    assert relative(torch.load(Path(report.path) / "logits.pt"), expected) <= 1e-5
 
 
 @each_member
