@@ -21,7 +21,6 @@ from peft_kasa import to_lora
 
 WAYS = ["zero2", "zero3"]
 
-pytestmark = pytest.mark.xdist_group("deepspeed")  # its processes are started once
 each_member = pytest.mark.parametrize("member", TRIED, ids=str)
 each_way = pytest.mark.parametrize("way", WAYS)
 

@@ -19,7 +19,6 @@ from peft_kasa import to_lora
 
 WAYS = ["ddp", "fsdp"]
 
-pytestmark = pytest.mark.xdist_group("distributed")  # its processes are started once
 each_member = pytest.mark.parametrize("member", TRIED, ids=str)
 each_way = pytest.mark.parametrize("way", WAYS)
 

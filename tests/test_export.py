@@ -65,7 +65,6 @@ def exported(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     return found
 
 
-@pytest.mark.xdist_group("exported")
 @each_member
 def test_exact_in_a_process_without_this_package(member: Member, exported: Any) -> None:
     report, expected = exported[str(member)]

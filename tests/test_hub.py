@@ -17,7 +17,6 @@ from hub_server import Hub, serving
 from huggingface_hub import ModelCard
 from members import MEMBERS, Member
 
-pytestmark = pytest.mark.xdist_group("hub")  # its processes are started once
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
 PUSH = """
