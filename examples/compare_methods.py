@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from peft_kasa import NLoRAConfig, calibrate, penalty
-from peft_kasa.adapter.checkpoint import left_out
+from peft_kasa.adapter.files.checkpoint import left_out
 from peft_kasa.adapter.starting import layers_of
 
 Row = dict[str, list[int]]

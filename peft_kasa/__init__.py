@@ -13,15 +13,10 @@ from . import peft_type as _peft_type
 _peft_type.require_peft(_peft.__version__)
 _peft_type.add_member(_peft.PeftType, _peft_type.NAME)
 
-from .adapter.export import LoraExport, export_lora, to_lora  # noqa: E402
-from .adapter.federated import average_cores  # noqa: E402
-from .adapter.hotswap import hotswap_adapter  # noqa: E402
-from .adapter.hub import push_to_hub  # noqa: E402
+from .adapter.files.statistics import Statistics  # noqa: E402
 from .adapter.layer import SpectralLinear  # noqa: E402
-from .adapter.register import register as _register  # noqa: E402
 from .adapter.requantize import Requantized, requantize  # noqa: E402
 from .adapter.requantized_file import load_requantized, save_requantized  # noqa: E402
-from .adapter.statistics import Statistics  # noqa: E402
 from .adapter.tuner import SpectralModel  # noqa: E402
 from .calibration.calibrate import calibrate  # noqa: E402
 from .methods import (  # noqa: E402
@@ -44,6 +39,11 @@ from .methods import (  # noqa: E402
     SVFitConfig,
     SVFTConfig,
 )
+from .register import register as _register  # noqa: E402
+from .sharing.export import LoraExport, export_lora, to_lora  # noqa: E402
+from .sharing.federated import average_cores  # noqa: E402
+from .sharing.hotswap import hotswap_adapter  # noqa: E402
+from .sharing.hub import push_to_hub  # noqa: E402
 from .training import callback as _callback  # noqa: E402
 from .training import regularise as _regularise  # noqa: E402
 from .training.groups import parameter_groups  # noqa: E402

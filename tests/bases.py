@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_kasa import calibrate
-from peft_kasa.adapter.statistics import Statistics
+from peft_kasa.adapter.files.statistics import Statistics
 from peft_kasa.methods import methods
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

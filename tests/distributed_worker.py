@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from peft_kasa import to_lora
-from peft_kasa.adapter.sharding import whole
+from peft_kasa.adapter.base.sharding import whole
 from peft_kasa.training.callback import keep_frozen
 
 STEPS, ROWS = 10, 4

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from peft_kasa import CorDAConfig, EVAConfig, LoRAOneConfig, LoRASBConfig, PiSSAConfig, calibrate
-from peft_kasa.adapter.base_weight import BaseWeight
-from peft_kasa.adapter.statistics import Statistics
+from peft_kasa.adapter.base.base_weight import BaseWeight
+from peft_kasa.adapter.files.statistics import Statistics
 from peft_kasa.calibration import passes
 from peft_kasa.calibration.batches import batches
 from peft_kasa.calibration.targets import targets

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_kasa import PiSSAConfig
-from peft_kasa.adapter import card, hub
+from peft_kasa.sharing import card, hub
 
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 KASA = MEMBERS[0]

@@ -20,7 +20,7 @@ from test_checkpoints import change
 from torch import Tensor, nn
 
 from peft_kasa import LoRAXSConfig, PiSSAConfig, SpectralLinear, SVFConfig, SVFTConfig
-from peft_kasa.adapter import anchors
+from peft_kasa.adapter.files import anchors
 from peft_kasa.spectral.spectrum import Spectrum
 
 FREE = [member for member in MEMBERS if not member.config_class.needs]

@@ -288,7 +288,7 @@ def test_an_interrupted_write_leaves_the_mean_before(
         raise KeyboardInterrupt
 
     if moment == "while writing":
-        monkeypatch.setattr("peft_kasa.adapter.federated.save_file", cut_short)
+        monkeypatch.setattr("peft_kasa.sharing.federated.save_file", cut_short)
     else:
         monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 
 from peft_kasa import KaSAConfig, PiSSAConfig, SpectralLinear
-from peft_kasa.adapter.base_weight import BaseWeight
+from peft_kasa.adapter.base.base_weight import BaseWeight
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from peft_kasa import SpectralLinear, calibrate, export_lora
-from peft_kasa.adapter.base_weight import BaseWeight
+from peft_kasa.adapter.base.base_weight import BaseWeight
 from peft_kasa.spectral import Engine
 
 pytestmark = pytest.mark.real

@@ -16,7 +16,7 @@ from residual import ABLE, ONCE, PISSA, UNABLE, bits, layers, requantized, same,
 from torch import nn
 
 from peft_kasa import KaSAConfig, PiSSAConfig, requantize, save_requantized
-from peft_kasa.adapter.base_weight import BaseWeight
+from peft_kasa.adapter.base.base_weight import BaseWeight
 
 bnb = pytest.importorskip("bitsandbytes")
 nf4 = bnb.functional

@@ -31,8 +31,10 @@ ORDER = [
     "spectral",
     "methods",
     "adapter",
+    "sharing",
     "calibration",
     "training",
+    "register",
     "__init__",
 ]  # each may import those before it
 HEADINGS = [

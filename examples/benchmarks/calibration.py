@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from peft_kasa import CorDAConfig, LoRASBConfig, calibrate
-from peft_kasa.adapter.statistics import Statistics
+from peft_kasa.adapter.files.statistics import Statistics
 from peft_kasa.spectral import triangle
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -317,7 +317,7 @@ def peak(name: str, stored: str, m: int, n: int, k: int, end: End) -> Row:
 
 
 def peak_here(file: Path, stored: str, m: int, n: int, k: int, end: End) -> float:
-    from peft_kasa.adapter.base_weight import BaseWeight
+    from peft_kasa.adapter.base.base_weight import BaseWeight
 
     warm_up()
     layer = matrices.requantized(stored, m, n, torch.load(file, weights_only=True))

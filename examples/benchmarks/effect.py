@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PrinterCallback
 
 from peft_kasa import penalty
-from peft_kasa.adapter.sharding import whole
+from peft_kasa.adapter.base.sharding import whole
 
 Step = Callable[[nn.Module], None]
 

@@ -125,7 +125,7 @@ def from_four_bits(layer: Layer, svds: Clock, repeats: int) -> Iterator[Row]:
     if not importlib.util.find_spec("bitsandbytes"):
         print("nf4 is left out: it needs bitsandbytes")
         return
-    from peft_kasa.adapter.base_weight import BaseWeight
+    from peft_kasa.adapter.base.base_weight import BaseWeight
 
     cuda = torch.cuda.is_available()
     held = [BaseWeight(four_bit(w)) for w in layer.values()]

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_kasa import SpectralConfig, SpectralLinear
-from peft_kasa.adapter.checkpoint import left_out
+from peft_kasa.adapter.files.checkpoint import left_out
 from peft_kasa.methods import methods
 
 MODELS = {

@@ -16,10 +16,10 @@ from ..methods.nlora import NLoRAConfig
 from ..spectral import LowRank
 from ..spectral.lowrank import total
 from . import slots as slot
-from .fingerprint import FINGERPRINT
+from .base.fingerprint import FINGERPRINT
+from .base.sharding import whole
 from .layer import SpectralLinear
 from .naming import check_name, exactly, target
-from .sharding import whole
 from .starting import all_layers, settle, withdraw
 
 Combination = Literal["cat", "linear", "svd"]

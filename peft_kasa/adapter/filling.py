@@ -16,12 +16,12 @@ from ..methods.site import Site, Start
 from ..spectral import Engine
 from ..spectral.checksum import checksum
 from ..spectral.plan import Outline, Solver
-from . import anchors, checkpoint
 from . import slots as slot
-from .fingerprint import FINGERPRINT, SIDE, sketch
+from .base.fingerprint import FINGERPRINT, SIDE, sketch
+from .base.sharding import whole
+from .files import anchors, checkpoint
+from .files.statistics import located
 from .known import Adapter
-from .sharding import whole
-from .statistics import located
 
 
 class Holder(nn.Module):

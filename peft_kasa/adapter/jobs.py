@@ -16,8 +16,8 @@ from ..spectral.checksum import checksum
 from ..spectral.covariance import Covariance
 from ..spectral.plan import Ask, Given, Solver
 from ..spectral.sweep import Job, sweep
+from .base.sharding import in_parts
 from .layer import SpectralLinear
-from .sharding import in_parts
 
 TOGETHER = 8  # weights in parts that are put together at a time: about a block's
 Work: TypeAlias = Callable[[SpectralLinear, Solver], None]

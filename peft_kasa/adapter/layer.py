@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from ..peft_type import PREFIX
 from ..spectral import LowRank
 from . import slots as slot
-from .base_weight import BaseWeight
+from .base.base_weight import BaseWeight
+from .base.sharding import at_hand, whole_shape, wholes
 from .filling import Filling
 from .known import Adapter
 from .merging import Merging
 from .rows import mixed
-from .sharding import at_hand, whole_shape, wholes
 
 living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at every optimiser's step
 
@@ -70,6 +70,10 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         """The adapter's tensors by slot name, its fingerprint of the base among them."""
         holders = (self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter])
         return {name: value for holder in holders for name, value in holder._parameters.items()}  # type: ignore[misc]
+
+    def learning(self, adapter: str) -> list[Tensor]:
+        """Those of the adapter's slots that an optimiser would step now."""
+        return [value for value in self.slots(adapter).values() if value.requires_grad]
 
     def whole_slots(self, adapter: str) -> dict[str, Tensor]:
         """The same, put together where processes hold them in parts: every process has to ask."""

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from .sharding import in_parts
+from .base.sharding import in_parts
 
 
 class Merging:

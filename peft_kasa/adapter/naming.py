@@ -9,7 +9,7 @@ from torch import nn
 
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
-from .fingerprint import FINGERPRINT
+from .base.fingerprint import FINGERPRINT
 from .slots import CUT, LEARNABLE
 
 BASE = "__base__"  # PEFT's name for rows of a batch without an adapter

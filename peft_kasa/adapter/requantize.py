@@ -14,12 +14,12 @@ from ..methods.method import require
 from ..spectral import Engine
 from ..spectral.plan import Ask
 from . import slots as slot
-from .export import adapted
-from .fingerprint import FINGERPRINT, OTHER, sketch
-from .float_weights import Weights, reader
-from .fourbit import FourBit
+from .base.fingerprint import FINGERPRINT, OTHER, sketch
+from .base.float_weights import Weights, reader
+from .base.fourbit import FourBit
+from .base.sharding import in_parts
 from .layer import SpectralLinear
-from .sharding import in_parts
+from .starting import adapted
 
 
 class Loss(NamedTuple):

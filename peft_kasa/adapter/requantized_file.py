@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..methods.method import require
-from .fingerprint import FINGERPRINT, SAME, SIDE, distance, sketch
-from .fourbit import FourBit
+from .base.fingerprint import FINGERPRINT, SAME, SIDE, distance, sketch
+from .base.fourbit import FourBit
 from .layer import SpectralLinear
 from .requantize import check_base
 from .slots import Product

@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..methods.method import require
 from ..peft_type import PREFIX
 from ..spectral.plan import Solver
-from .anchors import PREFIX as ANCHOR
-from .base_weight import guard
-from .checkpoint import left_out
+from .base.base_weight import guard
+from .files.anchors import PREFIX as ANCHOR
+from .files.checkpoint import left_out
 from .jobs import planned, run
 from .layer import SpectralLinear
 
@@ -33,6 +34,19 @@ def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Spectral
 def layers_of(model: nn.Module, adapter: str) -> Iterator[SpectralLinear]:
     """The layers of a model that have this adapter."""
     return (layer for _, layer in named_layers(model, adapter))
+
+
+def adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
+    """The layers that have this adapter, with values, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    settle(model, [adapter])
+    layers = {layer.name: layer for layer in layers_of(model, adapter)}
+    known = sorted({name for layer in all_layers(model) for name in layer.adapters})
+    require(bool(layers), f"adapter has to be one of the family's in this model: {known}", adapter)
+    return layers
 
 
 def begin(layers: list[SpectralLinear], adapter: str) -> None:

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
-from . import checkpoint
-from .anchors import PREFIX as ANCHOR
-from .base_weight import guard
+from .base.base_weight import guard
+from .base.offload import check_at_hand
 from .budget import adopt, start
 from .combining import Combining
-from .file_fields import check_counts
+from .files import checkpoint
+from .files.anchors import PREFIX as ANCHOR
+from .files.file_fields import check_counts
 from .layer import SpectralLinear
 from .mixing import by_row, repeats
 from .naming import check_name
-from .offload import check_at_hand
 from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
 from .supported import unsupported
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.base_weight import BaseWeight
+from ..adapter.base.base_weight import BaseWeight
+from ..adapter.base.fingerprint import SIDE, sketch
 from ..adapter.budget import start
-from ..adapter.fingerprint import SIDE, sketch
+from ..adapter.files.statistics import Statistics
+from ..adapter.files.statistics_file import About, Where
 from ..adapter.layer import SpectralLinear
 from ..adapter.starting import begin, layers_of
-from ..adapter.statistics import Statistics
-from ..adapter.statistics_file import About, Where
 from ..methods.method import SpectralConfig
 from ..methods.site import Needs
 from ..spectral import triangle

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.statistics_file import Value
+from ..adapter.files.statistics_file import Value
 from ..spectral.products import exact_products
 from .batches import IGNORED, Batch
 from .hooks import Device, input_of, removed, sparing

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.statistics_file import Value
+from ..adapter.files.statistics_file import Value
 from ..methods.site import Needs
 from ..spectral.shared import Shared
 from .batches import IGNORED, Batch

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapter.fingerprint import OTHER, distance
-from ..adapter.statistics import Statistics
-from ..adapter.statistics_file import About
+from ..adapter.base.fingerprint import OTHER, distance
+from ..adapter.files.statistics import Statistics
+from ..adapter.files.statistics_file import About
 from ..methods.site import Needs
 from .batches import Batch
 from .gradients import Gradients

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapter.base_weight import BaseWeight
+from ..adapter.base.base_weight import BaseWeight
 
 logger = logging.getLogger(__name__)
 

@@ -98,7 +98,7 @@ class SpectralConfig(PeftConfig):
     init_weights: bool = True
     method: str = ""
 
-    # Set where a config was read from a file: its slots then wait for the file's values (adapter/layer.py).
+    # Set where a config was read from a file: its slots then wait for the file's values (adapter/filling.py).
     from_file: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from ..adapter.sharding import in_zero3, wholes
+from ..adapter.base.sharding import in_zero3, wholes
 from ..adapter.starting import all_layers
 from .held import Held, stepped_by_zero
-from .regularise import _learning, _regularized, penalty, warn_unheld
+from .regularise import _regularized, penalty, warn_unheld
 
 
 class SpectralCallback(TrainerCallback):
@@ -35,7 +35,7 @@ class SpectralCallback(TrainerCallback):
         if not terms:
             return
         held = Held(optimizer)
-        unheld = [term for term in terms if not any(p in held or stepped_by_zero(p) for p in _learning(*term))]
+        unheld = [term for term in terms if not any(p in held or stepped_by_zero(p) for p in term[0].learning(term[1]))]
         if unheld:
             warn_unheld(unheld)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.layer import SpectralLinear
 from ..adapter.slots import LEARNABLE
 from ..adapter.starting import all_layers, settle
 from ..methods.method import require
@@ -58,7 +57,7 @@ def parameter_groups(
     """
     rates = {"lr": lr, "left_lr": left_lr, "core_lr": core_lr, "right_lr": right_lr, "other_lr": other_lr}
     _check(model, rates, weight_decay)
-    settle(model, {name for layer in all_layers(model) for name in layer.adapters if _learns(layer, name)})
+    settle(model, {name for layer in all_layers(model) for name in layer.adapters if layer.learning(name)})
     groups = []
     for name, parameters in _by_group(model).items():
         own = rates[f"{name.partition(',')[0]}_lr"]
@@ -77,7 +76,7 @@ def _check(model: nn.Module, rates: dict[str, float | None], weight_decay: float
         require(optional or (_is_number(rate) and rate > 0), f"{name} has to be a finite number above 0", rate)  # type: ignore[operator]
     holds = _is_number(weight_decay) and weight_decay >= 0
     require(holds, "weight_decay has to be a finite number of at least 0", weight_decay)
-    if not any(_learns(layer, name) for layer in all_layers(model) for name in layer.adapters):
+    if not any(layer.learning(name) for layer in all_layers(model) for name in layer.adapters):
         raise ValueError(
             "`model` has to have an adapter of peft_kasa that learns. Found none: wrap it with get_peft_model first, "
             "load adapters with is_trainable=True, or make one active with set_adapter."
@@ -86,10 +85,6 @@ def _check(model: nn.Module, rates: dict[str, float | None], weight_decay: float
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _learns(layer: SpectralLinear, adapter: str) -> bool:
-    return any(value.requires_grad for value in layer.slots(adapter).values())
 
 
 def _by_group(model: nn.Module) -> dict[str, list[nn.Parameter]]:

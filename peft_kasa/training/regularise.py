@@ -91,9 +91,9 @@ def _terms(optimizer: Optimizer) -> list[Term]:
     held = Held(optimizer)
     terms, unheld = [], []
     for layer, name in every:
-        if any(parameter in held for parameter in _learning(layer, name)):
+        if any(parameter in held for parameter in layer.learning(name)):
             terms.append((layer, name))
-        elif layer.adapters[name].trained and not any(map(stepped_by_zero, _learning(layer, name))):
+        elif layer.adapters[name].trained and not any(map(stepped_by_zero, layer.learning(name))):
             unheld.append((layer, name))
     _claimed.update(layer for layer, _ in terms)
     _suspect(unheld)
@@ -103,11 +103,7 @@ def _terms(optimizer: Optimizer) -> list[Term]:
 def _regularized(layer: SpectralLinear) -> list[str]:
     active = (name for name in layer.active_adapters if name in layer.adapters)
     known = ((name, layer.adapters[name]) for name in active)
-    return [name for name, a in known if a.config.regularizes and not a.awaiting and _learning(layer, name)]
-
-
-def _learning(layer: SpectralLinear, adapter: str) -> list[Tensor]:
-    return [value for value in layer.slots(adapter).values() if value.requires_grad]
+    return [name for name, a in known if a.config.regularizes and not a.awaiting and layer.learning(name)]
 
 
 def _term(layer: SpectralLinear, adapter: str) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any
 import transformers
 from huggingface_hub import EvalResult
 
+from ..adapter.base.sharding import whole_shape
+from ..adapter.layer import SpectralLinear
+from ..adapter.starting import layers_of
 from ..methods.method import SpectralConfig
 from ..peft_type import NAME
 from .export import LoraExport
-from .layer import SpectralLinear
-from .sharding import whole_shape
-from .starting import layers_of
 
 PACKAGE = "peft_kasa"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..methods.site import Needs
-from ..spectral.covariance import Covariance
+from ...methods.site import Needs
+from ...spectral.covariance import Covariance
+from ..base.fingerprint import OTHER, distance
 from . import statistics_file as disk
-from .fingerprint import OTHER, distance
 from .statistics_file import About, Value, Where
 
 

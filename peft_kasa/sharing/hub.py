@@ -11,9 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ..adapter.starting import adapted
 from ..methods.method import require
 from . import card
-from .export import LoraExport, adapted, export_lora
+from .export import LoraExport, export_lora
 
 LORA = "lora"  # the folder of the export
 

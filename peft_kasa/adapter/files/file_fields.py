@@ -8,7 +8,7 @@ from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..methods.method import SpectralConfig
+from ...methods.method import SpectralConfig
 
 FILE = "adapter_config.json"
 PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_modules", "exclude_modules", "layers_pattern")

@@ -14,13 +14,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapter.layer import SpectralLinear
+from ..adapter.naming import exactly
+from ..adapter.starting import adapted
 from ..files import replacing
 from ..methods.method import SpectralConfig, require
 from ..peft_type import NAME, PREFIX
 from ..spectral import LowRank
-from .layer import SpectralLinear
-from .naming import exactly
-from .starting import settle
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 LARGEST_RANK = SERVED_RANKS[-1]
@@ -138,19 +138,6 @@ def _refuse_to_replace(config: str) -> None:
     with open(config) as file:
         held = json.load(file).get("peft_type")
     require(held != NAME, f"{os.path.dirname(config)} holds an adapter of the family: export to another folder", held)
-
-
-def adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
-    """The layers that have this adapter, with values, by name.
-
-    Raises:
-        ValueError: there are none.
-    """
-    settle(model, [adapter])
-    layers = {m.name: m for m in model.modules() if isinstance(m, SpectralLinear) and adapter in m.adapters}
-    known = sorted({name for m in model.modules() if isinstance(m, SpectralLinear) for name in m.adapters})
-    require(bool(layers), f"adapter has to be one of the family's in this model: {known}", adapter)
-    return layers
 
 
 def _config(model: Any, adapter: str) -> SpectralConfig:

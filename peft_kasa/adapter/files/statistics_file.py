@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import replacing
-from ..methods.site import Needs
-from ..spectral.covariance import Covariance
-from .fingerprint import SIDE
+from ...files import replacing
+from ...methods.site import Needs
+from ...spectral.covariance import Covariance
+from ..base.fingerprint import SIDE
 
 Value: TypeAlias = Covariance | Tensor  # of gradients: their sum over all sequences
 Where: TypeAlias = str | os.PathLike[str]

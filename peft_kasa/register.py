@@ -15,14 +15,15 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from ..files import replacing
-from ..methods.method import require
-from ..peft_type import NAME, PREFIX
-from . import card, hub, source
-from .config_file import AdapterConfigFile
-from .offload import check_not_offloaded
-from .starting import layers_of, withdraw
-from .tuner import SpectralModel
+from .adapter.base.offload import check_not_offloaded
+from .adapter.files import source
+from .adapter.files.config_file import AdapterConfigFile
+from .adapter.starting import layers_of, withdraw
+from .adapter.tuner import SpectralModel
+from .files import replacing
+from .methods.method import require
+from .peft_type import NAME, PREFIX
+from .sharing import card, hub
 
 
 def register() -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..slots import Product
 from .fourbit import FourBit
 from .offload import away, brought, work_device
 from .sharding import in_parts, whole
-from .slots import Product
 
 
 class BaseWeight:

@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
+from ..adapter.filling import module_scale
+from ..adapter.layer import SpectralLinear
+from ..adapter.starting import adapted
 from ..methods.method import SpectralConfig, require
-from .export import adapted
-from .filling import module_scale
-from .layer import SpectralLinear
 
 
 def hotswap_adapter(

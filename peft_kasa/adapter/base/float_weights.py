@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..methods.method import require
+from ...methods.method import require
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 

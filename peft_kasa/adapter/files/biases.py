@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..methods.method import SpectralConfig
+from ...methods.method import SpectralConfig
 
 
 def trained_biases(model: nn.Module, targets: set[str], config: SpectralConfig) -> set[str]:

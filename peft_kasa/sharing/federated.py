@@ -14,11 +14,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..adapter.files import source
+from ..adapter.files.config_file import AdapterConfigFile
 from ..files import replacing
 from ..methods.method import require
 from ..peft_type import NAME, PREFIX
-from . import source
-from .config_file import AdapterConfigFile
 
 LEARNT, FROZEN = f".{PREFIX}learnt.", f".{PREFIX}frozen."
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..methods.method import SpectralConfig, methods
+from ...methods.method import SpectralConfig, methods
 from . import file_fields, source
 
 

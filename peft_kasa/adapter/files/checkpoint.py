@@ -10,11 +10,11 @@ import torch
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
-from ..peft_type import PREFIX
+from ...peft_type import PREFIX
+from ..base.fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
+from ..base.sharding import in_parts, whole_shape, wholes
 from . import anchors
 from .biases import check_biases, trained_biases
-from .fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
-from .sharding import in_parts, whole_shape, wholes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DRIFT = (

@@ -1,0 +1,1 @@
+"""The base layer's weight: however it is stored, wherever it is kept."""

@@ -1,0 +1,1 @@
+"""What an adapter's files hold, and whether they can be believed."""

@@ -1,0 +1,1 @@
+"""What leaves the process: plain LoRAs, the Hub, other servers, other clients."""
