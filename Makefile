@@ -1,5 +1,7 @@
 # make demo    fine-tunes SmolLM2-135M with KaSA on this machine (a few minutes on two CPU cores)
 # make test    linters, types, all tests
+# make check   linters, types, the documentation site: what takes seconds
+# make docs    the site, into build/site
 # make bench   the benchmarks
 # make clean   removes what these made, but for the virtual environment
 
@@ -11,7 +13,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 export GOMP_SPINCOUNT := 1000
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test bench clean
+.PHONY: demo test check docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -19,12 +21,18 @@ demo: $(VENV)/.examples
 
 # Two processes of one thread each.
 test: export OMP_NUM_THREADS := 1
-test: $(VENV)/.test
+test: check
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m real
+
+check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy peft_kasa
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m real
+
+# Strict: a warning is an error.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: $(VENV)/.bench
 	$(BIN)/python examples/benchmarks/contract.py

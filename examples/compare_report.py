@@ -129,7 +129,7 @@ def head(data: dict[str, Any], lines: list[Line]) -> list[str]:
     return [
         "# The methods side by side",
         "`python examples/compare_methods.py` makes this page; the figures are in compare_methods.json.",
-        f"**The task.** An order written as a sentence becomes a record ([orders.py](../../examples/orders.py)), on "
+        f"**The task.** An order written as a sentence becomes a record (`examples/orders.py`), on "
         f"{of['base']} in {of['dtype']}: {of['steps']} steps of batch {of['batch_size']}, about 50 tokens a row, "
         "AdamW, no weight decay, cosine schedule, all linear layers but the head, r = 8 unless the name says "
         "otherwise, other settings as they come (KaSA with `reference_truncation=True`). "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,37 +24,7 @@ from peft_kasa.methods.table import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
-LETTERS = [
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    "a",
-    "b",
-    "c",
-    "d",
-    "e",
-    "f",
-    "g",
-    "h",
-    "i",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "o",
-    "p",
-    "q",
-    "r",
-    "s",
-    "t",
-    "u",
-    "v",
-    "w",
-    "x",
-    "y",
-    "z",
-]
+LETTERS = ["<pad>", "<eos>", "<unk>", *string.ascii_lowercase]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

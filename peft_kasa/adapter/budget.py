@@ -109,7 +109,7 @@ def allocate(shares: dict[str, Tensor], budget: str | float, r: int) -> dict[str
             number: the smallest rank that holds so much, at least 1.
         r: the mean rank for "variance".
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.adapter.budget import allocate
         >>> shares = {"q": torch.tensor([0.9, 0.05]), "k": torch.tensor([0.5, 0.3])}

@@ -65,7 +65,7 @@ class Combining:
         Raises:
             ValueError: unknown or taken names, sources that train modules in full or tokens, or are not calibrated.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from peft import get_peft_model
             >>> from peft_kasa import KaSAConfig, PiSSAConfig

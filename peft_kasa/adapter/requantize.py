@@ -94,7 +94,7 @@ def requantize(model: nn.Module, weights: Weights, adapter: str = "default", ite
     Raises:
         ValueError: another base, kind of adapter or weights, or an adapter that has moved. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bitsandbytes.nn import Linear4bit
         >>> from peft import get_peft_model

@@ -30,7 +30,7 @@ def save_requantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: nothing in the model was requantised, or it is merged.
 
-    Example:
+    Examples:
         >>> import os, tempfile, torch
         >>> from bitsandbytes.nn import Linear4bit
         >>> from peft import get_peft_model
@@ -64,7 +64,7 @@ def load_requantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the file was made on another base or in another 4-bit format, does not fit it, or has modules that
             no adapter wraps. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from bitsandbytes.nn import Linear4bit
         >>> from peft import get_peft_model

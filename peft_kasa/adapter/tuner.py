@@ -37,7 +37,7 @@ class SpectralModel(Combining, BaseTuner):
 
     Adapters of different methods may live on one base, and several may be active at once.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import KaSAConfig

@@ -37,7 +37,7 @@ def batches(
     Raises:
         ValueError: data of another form, with what was found; rows that need a tokenizer, and there is none.
 
-    Example:
+    Examples:
         >>> from peft_kasa.calibration.batches import batches
         >>> for batch in batches([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], batch_size=2):
         ...     print(batch["input_ids"].tolist(), batch["attention_mask"].tolist())

@@ -58,7 +58,8 @@ def calibrate(
             TRL's `SFTTrainer(peft_config=config)`.
         tokenizer: for texts, messages, prompts and completions.
         samples: at most so many sequences.
-        batch_size, max_length: of rows, not of batches that come as such.
+        batch_size: of rows, not of batches that come as such.
+        max_length: likewise.
         path: a file to keep the statistics in. It is saved every few minutes and when interrupted, and the same call
             goes on from there, or reuses it where it is complete. Memory is free of it afterwards.
         device: where sums are kept. None: where the inputs or weights are.
@@ -76,7 +77,7 @@ def calibrate(
         ValueError: the method needs no data; data that cannot be used; a module that it never calls, or that gets no
             gradient; NaN or infinity; a file of something else. Each names the module or the file, and the remedy.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import CorDAConfig

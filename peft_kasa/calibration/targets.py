@@ -27,7 +27,7 @@ def targets(model: nn.Module, config: SpectralConfig) -> dict[str, nn.Module]:
         ValueError: nothing matches, or there are no default target_modules for this architecture.
         TypeError: a target is not a layer that can be adapted.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa import PiSSAConfig
         >>> from peft_kasa.calibration.targets import targets

@@ -23,7 +23,7 @@ class CorDAConfig(SpectralConfig):
         damping: the share of C's mean diagonal that is added to it.
         power: 1 orients by C as the paper does, 0.5 by C^(1/2): the r triples that miss least of the outputs W x.
 
-    Example:
+    Examples:
         >>> from peft_kasa import CorDAConfig
         >>> CorDAConfig(r=128, mode="knowledge").needs
         'scaled inputs'

@@ -23,7 +23,7 @@ class EVAConfig(SpectralConfig):
         alpha: s = alpha / r with the r of the config, whatever rank the budget gives a module, as PEFT adjusts it. With
             ranks that are given (`rank_budget=None`, or a dictionary), s = alpha / rank of each.
 
-    Example:
+    Examples:
         >>> from peft_kasa import EVAConfig
         >>> EVAConfig(r=16, alpha=32).scale(24, 32)
         2.0

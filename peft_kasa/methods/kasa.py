@@ -37,7 +37,7 @@ class KaSAConfig(SpectralConfig):
     Raises:
         ValueError: for a negative weight, or a truncation that leaves nothing of a module, which it names.
 
-    Example:
+    Examples:
         >>> from peft_kasa import KaSAConfig
         >>> KaSAConfig(r=16, truncation=8, target_modules=["q_proj", "v_proj"], form="paper").scale(16, None)
         2.0

@@ -21,7 +21,7 @@ class LoRANullConfig(SpectralConfig):
         version: 1 learns both factors: r (m + n) parameters a module, rank 2r as LoRA. 2 freezes right, so that the
             adapter stays in the null space: r m parameters, rank r.
 
-    Example:
+    Examples:
         >>> from peft_kasa import LoRANullConfig
         >>> LoRANullConfig(r=64, version=2)
         LoRANullConfig(r=64, version=2)

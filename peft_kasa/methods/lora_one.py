@@ -22,7 +22,7 @@ class LoRAOneConfig(SpectralConfig):
         gamma: how small the start is. Default 128, as in the reference code.
         alpha: None is s = 16 / sqrt(r), as in the paper's runs (rank-stabilised, alpha = 16).
 
-    Example:
+    Examples:
         >>> from peft_kasa import LoRAOneConfig
         >>> LoRAOneConfig(r=4).scale(4, None)
         8.0

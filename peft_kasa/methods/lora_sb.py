@@ -24,7 +24,7 @@ class LoRASBConfig(SpectralConfig):
         step_size: eta. The reference code takes the learning rate over the number of warm-up steps: 3e-7 to 1e-6 in
             its recipes. 0: the base model.
 
-    Example:
+    Examples:
         >>> from peft_kasa import LoRASBConfig
         >>> LoRASBConfig(r=96, step_size=2e-5).needs
         'gradients'

@@ -22,7 +22,7 @@ class LoRAXSConfig(SpectralConfig):
             in the paper.
         std: of the core's start. 0: exactly the base model.
 
-    Example:
+    Examples:
         >>> from peft_kasa import LoRAXSConfig
         >>> LoRAXSConfig(r=16, target_modules="all-linear", save_frames=False)
         LoRAXSConfig(r=16, target_modules='all-linear', save_frames=False)

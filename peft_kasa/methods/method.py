@@ -39,8 +39,10 @@ class SpectralConfig(PeftConfig):
             unless it is the start: then the model still begins exactly at the base model.
         target_modules: names, a regular expression, or "all-linear". None: PEFT's defaults for the architecture.
         exclude_modules: names, or a regular expression, of modules to leave alone.
-        layers_to_transform, layers_pattern: as in PEFT's LoraConfig.
-        rank_pattern, alpha_pattern: r and alpha by module name or regular expression, as in PEFT's LoraConfig.
+        layers_to_transform: as in PEFT's LoraConfig.
+        layers_pattern: as in PEFT's LoraConfig.
+        rank_pattern: r by module name or regular expression, as in PEFT's LoraConfig.
+        alpha_pattern: alpha, likewise.
         modules_to_save: further modules to train in full and to save.
         trainable_token_indices: as in PEFT's LoraConfig.
         ensure_weight_tying: as in PEFT's LoraConfig, for modules_to_save and trainable_token_indices.

@@ -18,7 +18,7 @@ class MiLoRAConfig(SpectralConfig):
     Args:
         part: which r triples. "bottom" is MiLoRA; its code also has the "middle" and "random" ones, to compare.
 
-    Example:
+    Examples:
         >>> from peft_kasa import MiLoRAConfig
         >>> MiLoRAConfig(r=64, target_modules=["q_proj"])
         MiLoRAConfig(r=64, target_modules={'q_proj'})

@@ -24,7 +24,7 @@ class NLoRAConfig(SpectralConfig):
 
     Exported as LoRA it has rank r (with the pseudo-inverse 2r, but for "inttune"). The paper uses r = alpha = 128.
 
-    Example:
+    Examples:
         >>> from peft_kasa import NLoRAConfig
         >>> NLoRAConfig(r=16, variant="inttune")
         NLoRAConfig(r=16, variant='inttune')

@@ -21,7 +21,7 @@ class PiSSAConfig(SpectralConfig):
     Args:
         part: which r triples. "top" is PiSSA; the others begin from the smallest, the middle or random ones.
 
-    Example:
+    Examples:
         >>> from peft_kasa import PiSSAConfig
         >>> PiSSAConfig(r=16, target_modules="all-linear")
         PiSSAConfig(r=16, target_modules='all-linear')

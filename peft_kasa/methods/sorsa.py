@@ -27,7 +27,7 @@ class SORSAConfig(SpectralConfig):
 
     The norm is smoothed below 1e-5, where the start sits and the reference code follows rounding noise.
 
-    Example:
+    Examples:
         >>> from peft_kasa import SORSAConfig
         >>> SORSAConfig(r=128, gamma=0.5)
         SORSAConfig(r=128, gamma=0.5)

@@ -22,7 +22,7 @@ class SpectralAdapterConfig(SpectralConfig):
             U Q(A) diag(S c) Q(B)^T V^T with Q(A) = (I + K)(I - K)^-1, K = (A - A^T) / 2: 2 r^2 + r parameters, rank r.
         part: which triples. The paper tunes the "top" ones, and others where several adapters are to share a base.
 
-    Example:
+    Examples:
         >>> from peft_kasa import SpectralAdapterConfig
         >>> SpectralAdapterConfig(r=8, variant="rotation")
         SpectralAdapterConfig(variant='rotation')

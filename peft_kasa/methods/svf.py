@@ -27,7 +27,7 @@ class SVFConfig(SpectralConfig):
         form: "plain" learns z. "gate" learns p, z = sigmoid(p), and rescales by sum S / sum(S z), as the reference code
             does: the sum of the singular values stays, the map starts at W whatever p is.
 
-    Example:
+    Examples:
         >>> from peft_kasa import SVFConfig
         >>> SVFConfig(target_modules=["up_proj", "gate_proj", "down_proj"], form="gate").r is None
         True

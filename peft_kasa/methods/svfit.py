@@ -16,7 +16,7 @@ class SVFitConfig(SpectralConfig):
     rank r. The default r = 128 is ours: the paper counts 16 times fewer parameters than LoRA's r = 8, which for
     RoBERTa-base means r = min(m, n) = 768. No public code of the paper is known.
 
-    Example:
+    Examples:
         >>> from peft_kasa import SVFitConfig
         >>> SVFitConfig(target_modules="all-linear").r
         128

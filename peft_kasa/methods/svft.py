@@ -30,7 +30,7 @@ class SVFTConfig(SpectralConfig):
         gate: whether M is multiplied by sigmoid(g), with g = 0 at the start, as in the reference code.
         init: "zero" starts at the base model. "reference" is N(0, 2 / entries), as the reference code has it.
 
-    Example:
+    Examples:
         >>> from peft_kasa import SVFTConfig
         >>> SVFTConfig(pattern="banded", width=2, target_modules="all-linear").keeps_frames
         False

@@ -36,7 +36,7 @@ class Row(NamedTuple):
 def row(config: SpectralConfig) -> Row:
     """The properties of a config, from its starts at a random weight.
 
-    Example:
+    Examples:
         >>> from peft_kasa import LoRAXSConfig
         >>> from peft_kasa.methods.table import row
         >>> row(LoRAXSConfig(std=0.0))[2:]

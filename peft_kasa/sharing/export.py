@@ -67,7 +67,7 @@ def to_lora(
         ValueError: an unknown adapter, a rank above 512 that was not asked for, or, with `uniform`, an adapter that
             trains modules in full, tokens or biases besides.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import SVFitConfig, to_lora
@@ -111,7 +111,7 @@ def export_lora(
     """Writes an adapter as a plain LoRA on the original base: it loads in PEFT, vLLM, SGLang or llama.cpp without this
     package. See `to_lora` for the arguments and errors; returns what was made.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from peft import PeftModel, get_peft_model
         >>> from peft_kasa import PiSSAConfig, export_lora

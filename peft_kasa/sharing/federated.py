@@ -41,7 +41,7 @@ def average_cores(
         ValueError: another method or fields than the first's, more learnt than a linear core, frames that differ, a
             damaged file or a pickle; the message names the folder and the tensor. Nothing is written then.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import LoRAXSConfig, average_cores

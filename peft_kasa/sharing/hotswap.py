@@ -34,7 +34,7 @@ def hotswap_adapter(
         ValueError: another method, variant, scale, shape or base, a merged adapter, or one that trains more than its
             updates. The loaded adapter is left as it was.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import PiSSAConfig, hotswap_adapter

@@ -49,7 +49,7 @@ def push_to_hub(
         ValueError: an unknown adapter, or one without a LoRA that servers take; `rank=` or `lora=False` help. Nothing
             has been pushed then.
 
-    Example:
+    Examples:
         >>> from peft_kasa import push_to_hub
         >>> push_to_hub(model, "me/kasa-smollm2")  # doctest: +SKIP
     """

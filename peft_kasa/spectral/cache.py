@@ -35,7 +35,7 @@ _warned: set[Path] = set()
 class Cache:
     """A folder of decompositions, for several processes at once. Where the disk fails it is as if it were empty.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from peft_kasa.spectral import Engine
         >>> from peft_kasa.spectral.cache import Cache, clear, entries
@@ -132,7 +132,7 @@ def located(where: Where = None) -> Cache | None:
             `None` asks the environment variable `PEFT_KASA_CACHE`: a folder, "1" or "true"; unset, empty, "0" or
             "false" for none.
 
-    Example:
+    Examples:
         >>> from peft_kasa.spectral.cache import located
         >>> located("decompositions").folder.name, located(False)
         ('decompositions', None)
@@ -150,7 +150,7 @@ def entries(where: Where = None) -> list[Entry]:
 
     `where` is as in `located`, but `None` means the default folder where the environment names none.
 
-    Example:
+    Examples:
         >>> from peft_kasa.spectral.cache import entries
         >>> entries("/nowhere")
         []
@@ -170,7 +170,7 @@ def clear(where: Where = None) -> int:
 
     `where` is as in `entries`. Other files stay, and so does the folder. Raises OSError where one cannot be removed.
 
-    Example:
+    Examples:
         >>> from peft_kasa.spectral.cache import clear
         >>> clear("/nowhere")
         0

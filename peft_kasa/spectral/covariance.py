@@ -48,7 +48,7 @@ class Covariance:
         mean: (n,) float64.
         triangle: X^T X of the inputs less their mean, (n, n), float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.covariance import Covariance
         >>> stream = Covariance(2)

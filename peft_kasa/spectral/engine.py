@@ -47,7 +47,7 @@ class Engine:
         workers: how many weights of a model at a time. None: as many as the threads that torch may use allow, up to 8.
         progress: whether `many` shows a progress bar. None: on a terminal.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral import Engine
         >>> weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ def times(left: Tensor, core: Tensor) -> Tensor:
 class LowRank(NamedTuple):
     """`left @ core @ right`, an (m, n) matrix of rank at most k that is never formed unless `dense` is called.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral import LowRank
         >>> value = LowRank(torch.eye(3, 2), torch.tensor([2.0, 1.0]), torch.eye(2, 4))
@@ -95,7 +95,7 @@ def from_factors(left: Tensor, right: Tensor) -> LowRank:
 def total(values: Sequence[LowRank]) -> LowRank:
     """Their exact sum. Ranks add, but a row of `right` that several have, as in a shared frame, is taken once.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.lowrank import LowRank, total
         >>> one = LowRank(torch.ones(3, 2), torch.ones(2), torch.eye(2, 4))

@@ -32,7 +32,7 @@ class Outline:
     Args:
         weight: the weight, of which cuts are noted in `asked`; of any other matrix, None is.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.plan import Outline
         >>> weight = torch.empty(6, 4, device="meta")

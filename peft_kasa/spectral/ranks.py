@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def assigned(costs: Sequence[float], ranks: int) -> list[int]:
     """The owner of each job: the costliest first, each to the rank with least to do. The same on every rank.
 
-    Example:
+    Examples:
         >>> assigned([1.0, 3.0, 2.0], 2)
         [1, 0, 1]
     """

@@ -26,7 +26,7 @@ def refined(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         a: (m, n) float64.
         u: (m, k), a basis near the wanted vectors. Better ones need fewer steps.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.refine import refined
         >>> a = torch.diag(torch.tensor([1e6, 10.0, 1.0, 0.1, 0.01], dtype=torch.float64))

@@ -35,7 +35,7 @@ class Shared:
         device: where the sums are kept. None: where the inputs are.
         known: streams to go on with, by name; names that share one have the same object.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.shared import Shared
         >>> shared, x = Shared(), torch.tensor([[1.0, 3.0], [3.0, 1.0]])

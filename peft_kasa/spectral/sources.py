@@ -26,7 +26,7 @@ def damped(c: Tensor, share: float = 0.01) -> Tensor:
     Raises:
         ValueError: c is not square, or not finite; share is below 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.sources import damped
         >>> damped(torch.diag(torch.tensor([3.0, 1.0])), 0.5).diagonal().tolist()
@@ -44,7 +44,7 @@ def powered(c: Tensor, power: float) -> Tensor:
     """C^power of a symmetric matrix (n, n) without negative eigenvalues, in float64. `oriented` by C^(1/2) instead of C
     keeps what the outputs miss smallest: |W X - W' X| is |(W - W') C^(1/2)| in the Frobenius norm.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.sources import powered
         >>> powered(torch.diag(torch.tensor([9.0, 4.0])), 0.5).diagonal().tolist()
@@ -85,7 +85,7 @@ def oriented(w: Tensor, c: Tensor, k: int, end: End, engine: Cut) -> LowRank:
     Raises:
         ValueError: a shape that does not fit, NaN or infinity, a rank out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral import Engine
         >>> from peft_kasa.spectral.sources import oriented
@@ -142,7 +142,7 @@ def slices(w: Tensor, k: int, rcond: float | None = None) -> LowRank:
     Raises:
         ValueError: not a finite matrix, a rank out of range, rcond outside 0 <= rcond < 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.sources import slices
         >>> w = torch.outer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0]))
@@ -162,7 +162,7 @@ def slices(w: Tensor, k: int, rcond: float | None = None) -> LowRank:
 class Mean:
     """The mean of a stream of gradients of an (m, n) weight, in float32 on `device`: for LoRA-SB, LoRA-One and LoRA-GA.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.sources import Mean
         >>> stream = Mean(1, 2)
@@ -209,7 +209,7 @@ def first_step(gradient: Tensor, kind: Step) -> Tensor:
     Raises:
         ValueError: not a finite matrix, another kind.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral import Engine
         >>> from peft_kasa.spectral.sources import first_step

@@ -15,7 +15,7 @@ class Spectrum(NamedTuple):
 
     Signs are fixed: the entry of largest magnitude in each column of `u` is positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral import Engine
         >>> cut = Engine()(torch.diag(torch.tensor([16.0, 4.0, 1.0])), 2, end="top")

@@ -16,7 +16,7 @@ class Triangle:
 
     Memory: about 4 n^2 bytes, half of the matrix; adding X^T X of T rows costs about T n^2 operations, half as well.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.spectral.triangle import Triangle
         >>> triangle = Triangle(2)

@@ -32,8 +32,9 @@ def parameter_groups(
     Args:
         model: a model with adapters of the family, wherever they are in it.
         lr: the learning rate of whatever has none of its own below.
-        left_lr, core_lr, right_lr: those of L (m, k), of C (k,) or (k, k), and of R (k, n). Not used where a method
-            does not train that slot.
+        left_lr: that of L (m, k). As the next two, not used where a method does not train that slot.
+        core_lr: that of C, (k,) or (k, k).
+        right_lr: that of R (k, n).
         other_lr: that of all else that learns: modules_to_save, heads, adapters of other PEFT methods.
         weight_decay: of all groups. Biases and norms outside the family have none, as in transformers' Trainer.
 
@@ -46,7 +47,7 @@ def parameter_groups(
         ValueError: a rate is not a finite number above 0, the decay is below 0, no slot of the family learns in this
             model, or an adapter that learns has not been calibrated.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import KaSAConfig, parameter_groups

@@ -14,7 +14,7 @@ class Held:
 
     ZeRO hands its gradients to the optimiser inside it after it has averaged, unscaled and clipped them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.training.held import Held
         >>> layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)

@@ -39,7 +39,7 @@ def penalty(model: nn.Module, adapter: str | None = None) -> Tensor:
     added to a loss. The `adapter`, if given, is counted whether it is active and switched on or not; without it, the
     active adapters whose regulariser is on are.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import SORSAConfig, penalty

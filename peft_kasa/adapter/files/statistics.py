@@ -24,7 +24,7 @@ class Statistics:
     `calibrate` makes them. Modules that see the same inputs (q, k, v; gate, up) share one covariance. Of a file, one
     module at a time is read; copies of a config share its statistics.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from peft_kasa import CorDAConfig
         >>> from peft_kasa import calibrate
