@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from .base.base_weight import guard
+from .base.misread import warn_of_misread
 from .base.offload import check_at_hand
 from .budget import adopt, start
 from .combining import Combining
@@ -74,6 +75,7 @@ class SpectralModel(Combining, BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))
+            warn_of_misread({layer.name: layer.base for layer in layers})
             if values_follow:
                 check_at_hand(layers)
             for layer in layers:
