@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,6 +216,42 @@ def test_a_merged_adapter_is_not_deleted(member: Member) -> None:
     assert torch.equal(logits(model), logits(adapted(member)))
 
 
+@each_form
+def test_a_status_that_differs_between_layers_is_irregular(member: Member) -> None:
+    model = adapted(member, "default", "second")
+    layers(model)[0].set_adapter("second")
+    assert model.get_model_status().active_adapters == "irregular"
+    layers(model)[0].set_adapter("default")
+    layers(model)[0].enable_adapters(False)
+    assert model.get_model_status().enabled == "irregular"
+    layers(model)[0].enable_adapters(True)
+    assert (model.get_model_status().active_adapters, model.get_model_status().enabled) == (["default"], True)
+
+
+NOWHERE = [{"target_modules": ["nowhere"]}, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}]
+
+
+@pytest.mark.parametrize("given", NOWHERE, ids=str)
+@each_form
+def test_a_second_adapter_that_finds_no_module_leaves_the_model_as_it_was(
+    member: Member, given: dict[str, object]
+) -> None:
+    model = adapted(member)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="not found in the base|No modules were targeted"):
+        model.add_adapter("second", member.config(**given))
+    assert [*model.peft_config] == ["default"]
+    assert torch.equal(logits(model), expected)
+    model.add_adapter("second", member.config(target_modules="all-linear"))
+    assert sum("second" in layer.adapters for layer in layers(model)) == 14
+
+
+def test_pefts_mixed_model_refuses_the_family_by_name() -> None:
+    """Members mix on a plain PeftModel, with one another."""
+    with pytest.raises(ValueError, match="'PEFT_KASA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(fresh(), KaSAConfig(r=2, **FEW), mixed=True)
+
+
 # Merging --------------------------------------------------------------------------------------------------------
 
 
@@ -293,3 +330,11 @@ def test_targets_that_share_a_weight_are_warned_of() -> None:
     config.tie_word_embeddings = True
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         get_peft_model(type(fresh())(config), KaSAConfig(r=2, target_modules=["lm_head"]))
+
+
+def test_the_page_of_properties_names_tests_that_exist() -> None:
+    here = Path(__file__).parent
+    named = re.findall(r"`(\w+)::(\w+)`", (here.parent / "docs" / "peft_properties.md").read_text())
+    assert len(named) > 50
+    for file, words in named:
+        assert re.search(rf"^def test_\w*{words}", (here / f"test_{file}.py").read_text(), re.MULTILINE), (file, words)
