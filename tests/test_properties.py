@@ -238,7 +238,7 @@ def test_a_second_adapter_that_finds_no_module_leaves_the_model_as_it_was(
 ) -> None:
     model = adapted(member)
     expected = logits(model)
-    with pytest.raises(ValueError, match="not found in the base|No modules were targeted"):
+    with pytest.raises(ValueError, match=r"not found in the base|No modules were targeted"):
         model.add_adapter("second", member.config(**given))
     assert [*model.peft_config] == ["default"]
     assert torch.equal(logits(model), expected)
