@@ -25,8 +25,12 @@ from peft_kasa.adapter.base.sharding import whole
 from peft_kasa.training.callback import keep_frozen
 
 STEPS, ROWS = 10, 4
+AT_FIRST = ["default", "__base__"] * 2  # an adapter a row: of two processes, one has no row of any adapter,
+BY_ROW = ["default", "halved", "__base__", "halved"]  # or none of the trained one
 STRONG: dict[str, dict[str, Any]] = {"kasa": {"beta": 1.0, "gamma": 1.0, "form": "paper"}, "sorsa": {"gamma": 1.0}}
 TRIED = [m for m in MEMBERS if m.name in ("kasa", "sorsa", "pissa", "svf", "svft", "lora_xs")]
+
+IN_PARTS = ["fsdp", "zero3"]
 
 Step = Callable[[Tensor], float]  # this process's rows to its loss
 
@@ -146,18 +150,43 @@ def refusals(model: PeftModel, folder: Path) -> list[str]:
     return said
 
 
+@torch.no_grad()
+def by_row(model: PeftModel, names: list[str], rank: int = 0, ranks: int = 1) -> Tensor:
+    """Logits of this process's rows, each with the adapter of its name: "halved" has half the trained one's update."""
+    if "halved" in names:
+        model.add_weighted_adapter(["default"], [0.5], "halved", combination_type="cat")
+    return model.eval()(input_ids=bases.tokens(ROWS)[rank::ranks], adapter_names=names[rank::ranks]).logits
+
+
+def of_all(mine: Tensor) -> Tensor:
+    """The rows of all processes, in their order."""
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine.contiguous())
+    return torch.stack(every, dim=1).flatten(0, 1)
+
+
 def run(way: str, member: Member, folder: Path) -> dict[str, Any]:
     """What the first process is to note of one member."""
+    mine, noted = (dist.get_rank(), dist.get_world_size()), {}
+
+    def started(model: PeftModel) -> Step:
+        step = WAYS[way](model)
+        if way in IN_PARTS:
+            noted["at_first"] = of_all(by_row(model, AT_FIRST, *mine))
+        model.train()
+        return step
+
     model = build(member, divided() if way == "zero3" else None)
-    losses = train(model, WAYS[way], dist.get_rank(), dist.get_world_size())
+    losses = train(model, started, *mine)
     dist.all_reduce(losses)
     save(model, way, folder)
     dist.barrier()
     with torch.no_grad():
         logits = model.eval()(input_ids=bases.tokens()).logits
     lora = to_lora(model)[1]
-    refused = refusals(model, folder) if way in ("fsdp", "zero3") else []
-    return {"losses": losses / dist.get_world_size(), "logits": logits, "lora": lora, "refused": refused}
+    if way in IN_PARTS:
+        noted |= {"refused": refusals(model, folder), "by_row": of_all(by_row(model, BY_ROW, *mine))}
+    return noted | {"losses": losses / mine[1], "logits": logits, "lora": lora}
 
 
 def main(folder: Path, ways: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import bases
 import pytest
 import torch
-from distributed_worker import TRIED, build, plain, train
+from distributed_worker import AT_FIRST, BY_ROW, TRIED, build, by_row, plain, train
 from launch import torchrun
 from members import Member
 from peft import PeftModel
@@ -74,3 +74,11 @@ def test_in_parts_merging_and_loading_are_refused_by_name(member: Member, folder
     merging, loading = noted(folder, "zero3", member)["refused"]
     assert merging.startswith("model.layers.0.self_attn.q_proj: the base weight is in parts")
     assert loading.startswith("model.layers.0.self_attn.q_proj: adapter 'default' is sharded")
+
+
+@each_member
+def test_in_parts_sums_and_mixed_batches_are_those_of_one_process(member: Member, folder: Path) -> None:
+    """Whatever rows a process has: gathering is in common, and a process that did not take part would be waited for."""
+    found = noted(folder, "zero3", member)
+    assert (found["at_first"] - by_row(build(member), AT_FIRST)).abs().max() < 1e-5
+    assert (found["by_row"] - by_row(loaded(folder, "zero3", member), BY_ROW)).abs().max() < 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 import bases
 import pytest
 import torch
-from distributed_worker import TRIED, build, plain, train
+from distributed_worker import AT_FIRST, BY_ROW, ROWS, TRIED, build, by_row, plain, train
 from launch import torchrun
 from members import Member
 from peft import PeftModel
@@ -88,3 +88,13 @@ def test_in_parts_merging_and_loading_are_refused_by_name(member: Member, found:
     merging, loading = found("fsdp", member)[1]["refused"]
     assert merging.startswith("model.layers.0.self_attn.q_proj: the base weight is in parts")
     assert loading.startswith("model.layers.0.self_attn.q_proj: adapter 'default' is sharded")
+
+
+@each_member
+def test_in_parts_sums_and_mixed_batches_are_those_of_one_process(member: Member, found: Found) -> None:
+    folder, noted = found("fsdp", member)
+    assert (noted["at_first"] - by_row(build(member), AT_FIRST)).abs().max() < 1e-5
+    expected = by_row(PeftModel.from_pretrained(bases.fresh(), folder / "all"), BY_ROW)
+    assert (noted["by_row"] - expected).abs().max() < 1e-5
+    moved = (expected - bases.logits(bases.fresh(), bases.tokens(ROWS))).abs().amax(dim=(1, 2))
+    assert moved[2] == 0 < 1e-3 < moved[[0, 1, 3]].min()

@@ -126,13 +126,14 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             return result
         asked = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         names = [name for name in asked if name in self.adapters]
-        if not names:
+        if not names and adapter_names is None:
             return result
         for name in names:
             self.settle(name)
             if self.training and torch.is_grad_enabled():
                 self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
-        with at_hand(self, self._used(names)):
+        gathered = names if adapter_names is None else list(self.adapters)  # other processes' rows may need others
+        with at_hand(self, self._used(gathered)):
             if adapter_names is not None:
                 return mixed(result, x, adapter_names, self)
             return result + self.update(x, names).to(result.dtype)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from .base.base_weight import guard
+from .base.misread import warn_of_misread
 from .base.offload import check_at_hand
+from .base.sharding import bare
 from .budget import adopt, start
 from .combining import Combining
 from .files import checkpoint
@@ -74,6 +76,7 @@ class SpectralModel(Combining, BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))
+            warn_of_misread({layer.name: layer.base for layer in layers})
             if values_follow:
                 check_at_hand(layers)
             for layer in layers:
@@ -126,8 +129,9 @@ class SpectralModel(Combining, BaseTuner):
     ) -> Any:
         settle(model, [adapter_name])
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        state = checkpoint.own(state, adapter_name)
         for path, layer in named_layers(model, adapter_name):
-            checkpoint.complete(state, path, layer, adapter_name)
+            checkpoint.complete(state, bare(path), layer, adapter_name)
         return state
 
     @classmethod

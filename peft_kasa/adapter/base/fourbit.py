@@ -21,10 +21,27 @@ class FourBit(NamedTuple):
 
         state = self.to(self.nibbles.device).scales  # the layer may have moved, and its live state with it
         if as_repacked:
-            if state.nested:
-                state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-            state.absmax, state.nested = state.absmax.bfloat16().float(), False
+            state.absmax, state.nested = _block_scales(state).bfloat16().float(), False
+        if self.runs_on:
+            return _in_order(self.nibbles, state)
         return bnb.dequantize_4bit(self.nibbles, state)
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether blocks run on from one row into the next, which bitsandbytes' CPU kernel misreads.
+
+        It gives the entry (i, j) of an (m, n) matrix the scale of block ``i * n // size + j // size``: as if every row
+        began with a new block. Quantising, and CUDA, take blocks from the flat matrix, whatever its rows are.
+        """
+        return bool(self.scales.shape[-1] % self.scales.blocksize)
+
+    def misreading(self) -> float:
+        """How far what bitsandbytes reads here, and its layer computes with, is from the matrix, of its norm."""
+        from bitsandbytes import functional as bnb
+
+        right = self.matrix().float()
+        found = bnb.dequantize_4bit(self.nibbles, self.to(self.nibbles.device).scales).float()
+        return ((found - right).norm() / right.norm()).item() if right.any() else 0.0
 
     def quantized(self, matrix: Tensor) -> FourBit:
         """Another matrix, in the same format."""
@@ -66,3 +83,21 @@ class FourBit(NamedTuple):
             state.offset = tensors["offset"].to(state.offset.device)
             state.state2.absmax = tensors["nested_absmax"].to(state.state2.absmax.device)
         return FourBit(tensors["weight"].to(self.nibbles.device), state)
+
+
+def _block_scales(state: Any) -> Tensor:
+    """One for each block, out of their own quantisation."""
+    from bitsandbytes import functional as bnb
+
+    if not state.nested:
+        return state.absmax
+    return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
+def _in_order(nibbles: Tensor, state: Any) -> Tensor:
+    """The matrix, from blocks that follow one another across its rows."""
+    stored = nibbles.contiguous().view(torch.uint8).flatten()
+    count = state.shape.numel()
+    codes = torch.stack([stored >> 4, stored & 15], dim=-1).flatten()[:count]
+    scales = _block_scales(state).float().repeat_interleave(state.blocksize)[:count]
+    return (state.code[codes.int()] * scales).view(state.shape).to(state.dtype)

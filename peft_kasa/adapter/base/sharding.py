@@ -54,6 +54,11 @@ def in_zero3(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_shape")
 
 
+def bare(path: str) -> str:
+    """A module's path as state dicts have it: without the wrappers that FSDP1 puts between modules."""
+    return path.replace("_fsdp_wrapped_module.", "")
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape of the whole."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))

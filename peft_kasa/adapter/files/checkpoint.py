@@ -23,6 +23,15 @@ DRIFT = (
 )
 
 
+def own(state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """A state dict without other adapters' slots: PEFT lets them in where an adapter is called as all modules are."""
+    return {key: value for key, value in state.items() if PREFIX not in key or _adapter(key) == adapter}
+
+
+def _adapter(key: str) -> str:
+    return key.rpartition(PREFIX)[2].split(".")[1]
+
+
 def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> None:
     """Makes a state dict hold what the adapter's file has of a layer: whole tensors, anchors in place of frames.
 
@@ -32,7 +41,7 @@ def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> N
     copies = layer.adapters[adapter].frozen
     given = {slot: state.pop(key, copies.get(slot)) for slot, (key, _) in keys.items()}
     asked = {
-        slot: value if (found := given[slot]) is None or found.shape != whole_shape(value) else found
+        slot: found if (found := given[slot]) is not None and _has_all(found, value) else value
         for slot, (_, value) in keys.items()
     }
     slots = {slot: value.detach() for slot, value in wholes(asked).items()}
@@ -41,6 +50,11 @@ def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> N
         kept |= anchors.anchors(kept, layer.learnt(adapter))
     without, new = left_out(layer, adapter), f"{path}.{PREFIX}frozen.{adapter}."  # anchors, if save_frames was switched
     state |= {keys[s][0] if s in keys else new + s: value for s, value in kept.items() if s not in without}
+
+
+def _has_all(found: Tensor, value: Tensor) -> bool:
+    """Whether a state dict's tensor is the whole of a slot: what FSDP1 flattens has its shape there alone."""
+    return not in_parts(value) or found.shape == whole_shape(value)
 
 
 def _keys(path: str, layer: Any, adapter: str) -> dict[str, tuple[str, Tensor]]:
