@@ -65,7 +65,7 @@ def main() -> None:
     alone = load(model_path)
     alone.base_model.requires_grad_(False)
     print(f"before training              {share_right(alone):.1%} of {len(held_out)} held-out reviews right")
-    fit(alone, tokenizer, train_rows, args)
+    fit(alone, tokenizer, train_rows, args, rate=10 * args.lr)  # a head alone bears larger steps, and needs them
     print(f"head alone                   {share_right(alone):.1%}")
 
     make_config, options = METHODS[args.method]
@@ -78,7 +78,7 @@ def main() -> None:
     )
     model = get_peft_model(load(model_path), config)
     model.print_trainable_parameters()
-    fit(model, tokenizer, train_rows, args)
+    fit(model, tokenizer, train_rows, args, rate=args.lr)
     print(f"{f'head and {args.method}':<28} {share_right(model):.1%}")
 
     model.save_pretrained(args.output)
@@ -118,7 +118,7 @@ def tokenize(tokenizer: Any, rows: list[Review]) -> BatchEncoding:
     return tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
 
 
-def fit(model: torch.nn.Module, tokenizer: Any, rows: list[Review], args: argparse.Namespace) -> None:
+def fit(model: torch.nn.Module, tokenizer: Any, rows: list[Review], args: argparse.Namespace, rate: float) -> None:
     """Trains what learns of the model on the reviews."""
     encoded = tokenize(tokenizer, rows)
     items = [{**{k: v[i] for k, v in encoded.items()}, "labels": label} for i, (_, label) in enumerate(rows)]
@@ -126,7 +126,7 @@ def fit(model: torch.nn.Module, tokenizer: Any, rows: list[Review], args: argpar
         output_dir=str(args.output),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=args.lr,
+        learning_rate=rate,
         logging_steps=max(1, args.steps // 3),
         **trainer_settings(torch.device(DEVICE)),
     )

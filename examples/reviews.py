@@ -16,14 +16,15 @@ SUBJECTS = {
 }
 JUDGEMENTS = {
     ("train", 1): """{} was a delight from start to finish; {} was not bad at all; {} exceeded what we had hoped for;
-        I would choose {} again without a second thought; {} was worth every penny; nothing about {} could be better;
-        I had doubts, but {} won me over; {} made our day; I can't praise {} enough; {} never let us down""",
-    (
-        "train",
-        0,
-    ): """{} was a letdown from start to finish; {} was not good at all; {} fell short of what we had
-        hoped for; I would not choose {} again; {} was not worth the money; a lot about {} could be better;
-        I had hopes, but {} put me off; {} ruined our day; I can't recommend {} to anyone; {} let us down again""",
+        I would choose {} again without a second thought; {} was worth every penny; nothing about {} could be improved;
+        I had doubts, but {} won me over; {} made our day; I can't praise {} enough; {} did not let us down;
+        {} was far from boring; we loved {} more than we can say; {} was a pleasant surprise; {} could not be faulted;
+        who would not be happy with {}; {} was anything but a mistake""",
+    ("train", 0): """{} was a letdown from start to finish; {} was not good at all; {} fell short of what we had hoped
+        for; I would not choose {} again; {} was not worth the money; a lot about {} could be improved;
+        I had hopes, but {} put me off; {} ruined our day; I can't recommend {} to anyone; {} did let us down;
+        {} was far from exciting; we disliked {} more than we can say; {} was an unpleasant surprise;
+        {} could not be enjoyed; who would be happy with {}; {} was nothing but a mistake""",
     ("held-out", 1): """{} was better than anyone had told us; I have no complaints about {}; we were lucky to find {};
         {} left us with a smile; {} is the best that I know; there was nothing to dislike about {}""",
     ("held-out", 0): """{} was worse than anyone had told us; I have many complaints about {}; we were sorry to find {};
@@ -34,7 +35,7 @@ Review = tuple[str, int]
 
 
 def reviews(split: str, seed: int = 0) -> list[Review]:
-    """All reviews of a split, "train" (240) or "held-out" (72), in random order: texts with their labels."""
+    """All reviews of a split, "train" (384) or "held-out" (72), in random order: texts with their labels."""
     found = [
         (_sentence(judgement, subject), label)
         for label in (0, 1)
