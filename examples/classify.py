@@ -40,15 +40,9 @@ from transformers import (
     set_seed,
 )
 
-from peft_kasa import KaSAConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig, SVFitConfig
+from peft_kasa import KaSAConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig
 
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "kasa": (KaSAConfig, {"r": 8, "beta": 1e-4, "gamma": 1e-3}),
-    "pissa": (PiSSAConfig, {"r": 8}),
-    "milora": (MiLoRAConfig, {"r": 8}),
-    "sorsa": (SORSAConfig, {"r": 8}),
-    "svfit": (SVFitConfig, {"r": 128}),
-}
+METHODS = {"kasa": KaSAConfig, "pissa": PiSSAConfig, "milora": MiLoRAConfig, "sorsa": SORSAConfig}
 
 
 def main() -> None:
@@ -68,13 +62,12 @@ def main() -> None:
     fit(alone, tokenizer, train_rows, args, rate=10 * args.lr)  # a head alone bears larger steps, and needs them
     print(f"head alone                   {share_right(alone):.1%}")
 
-    make_config, options = METHODS[args.method]
-    config = make_config(
+    config = METHODS[args.method](
+        r=8,
         target_modules=["query", "key", "value", "dense"],
         task_type="SEQ_CLS",
         modules_to_save=["classifier"],  # the new head: trained in full, and in the adapter's file
         exclude_modules="classifier.*",  # RoBERTa's head has a layer named `dense`, too
-        **options,
     )
     model = get_peft_model(load(model_path), config)
     model.print_trainable_parameters()
