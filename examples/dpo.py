@@ -12,7 +12,7 @@ The pairs prefer an answer in one or two words to the same answer in a sentence.
     python examples/dpo.py --method kasa --steps 40
     python examples/dpo.py --model Qwen/Qwen2.5-7B-Instruct --steps 40 --lr 2e-5   # a GPU is used if there is one
 
-TIME
+On two CPU cores shared with other work it took 599 s, 121 s of it CPU time.
 """
 
 import argparse
