@@ -1,4 +1,4 @@
-"""CorDA through TRL's `SFTTrainer`: the adapter starts from what the model sees of the task; two to three minutes.
+"""CorDA through TRL's `SFTTrainer`: the adapter starts from what the model sees of the task.
 
 The task is that of finetune.py: an order written as one loose sentence becomes a short record (orders.py). The script
 
@@ -9,8 +9,10 @@ The task is that of finetune.py: an order written as one loose sentence becomes 
 
     python examples/corda_sft.py                       # what the new task needs (the paper's IPA)
     python examples/corda_sft.py --mode knowledge      # away from what these rows need (KPA)
+    python examples/corda_sft.py --model Qwen/Qwen2.5-7B-Instruct --output outputs/qwen  # a GPU is used if there is one
 
 Run it twice: the second time the statistics are read from their file, and the model is not run over the rows again.
+TIME
 """
 
 import argparse

@@ -11,7 +11,7 @@ KaSA to write the order's record, PiSSA to name the city, LoRA-XS to answer with
     python examples/several_adapters.py
     python examples/several_adapters.py --model Qwen/Qwen2.5-7B-Instruct --steps 200   # a GPU is used if there is one
 
-TIME
+On two CPU cores shared with other work it took 834 s, 165 s of it CPU time.
 """
 
 import argparse
