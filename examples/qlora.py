@@ -11,7 +11,7 @@ An order written as one loose sentence becomes a short record (orders.py). The s
     python examples/qlora.py --method pissa --steps 60
     python examples/qlora.py --model Qwen/Qwen2.5-7B-Instruct --steps 500   # a GPU is used if there is one
 
-On two CPU cores shared with other work it took 617 s, 179 s of it CPU time.
+On two CPU cores shared with other work it took 639 s, 179 s of it CPU time.
 """
 
 import argparse
