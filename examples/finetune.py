@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,18 +29,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # else torch slows down tenfold
 
 import torch
 from base_model import smollm2
+from chat import answers, load_model, load_tokenizer, logits, mean_loss, tokenize, trainer_settings
 from orders import Order, messages, score, train_and_held_out
 from peft import PeftConfig, PeftModel
-from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BatchEncoding,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from peft_kasa import KaSAConfig, LoRAXSConfig, MiLoRAConfig, PiSSAConfig, SORSAConfig, SVFitConfig, export_lora
 
@@ -62,7 +54,6 @@ METHODS: dict[str, tuple[type[PeftConfig], int, float, dict[str, Any]]] = {
 LOSS_ROWS = 64
 ANSWER_ROWS = 48
 SHOWN_ROWS = 3
-EVAL_BATCH = 16
 
 
 def main() -> None:
@@ -89,7 +80,7 @@ def main() -> None:
     report = export_lora(model, lora)
 
     # What was saved, on fresh copies of the base.
-    probe = tokenize(tokenizer, held_out[:8], with_answers=True).to(base.device)
+    probe = tokenize(tokenizer, [messages(row) for row in held_out[:8]], with_answers=True)
     if not torch.equal(logits(model, probe), logits(PeftModel.from_pretrained(load_base(args), adapter), probe)):
         sys.exit(f"{adapter}: loaded again, the adapter gives other logits")
     # In float32, so that what differs is the adapters and not bfloat16's rounding; a 4-bit base stays as it is.
@@ -150,34 +141,9 @@ def positive_number(text: str) -> float:
     return value
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.chat_template is None:
-        sys.exit(f"{path} has no chat template; this example needs a chat model")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
-
-
 def load_base(args: argparse.Namespace, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The base model, on the GPU if there is one, in `dtype` or in bfloat16 where the machine computes in it."""
-    if torch.cuda.is_available():
-        device, has_bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device, has_bf16 = "cpu", torch.cpu._is_avx512_bf16_supported()
-    quantisation = None
-    if args.load_in_4bit:
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        args.model,
-        dtype=dtype or (torch.bfloat16 if has_bf16 or args.load_in_4bit else torch.float32),
-        device_map=device,
-        quantization_config=quantisation,
-    ).eval()
+    """A fresh copy of the base model."""
+    return load_model(args.model, dtype, args.load_in_4bit)
 
 
 @dataclass
@@ -200,16 +166,10 @@ def train(
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.lr,
-        lr_scheduler_type="cosine",
         warmup_steps=max(1, args.steps // 10),
         logging_steps=10,
-        save_strategy="no",
-        report_to="none",
         seed=args.seed,
-        use_cpu=base.device.type == "cpu",
-        dataloader_pin_memory=base.device.type != "cpu",
-        bf16=False,  # no autocast: the base computes in the type it was loaded in, the adapter in float32
-        gradient_checkpointing=False,  # True saves memory with a large model, and costs time
+        **trainer_settings(base.device),
     )
     trainer = SFTTrainer(
         model=base,
@@ -225,67 +185,10 @@ def train(
 
 def evaluate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], when: str) -> Results:
     """The model's loss on `rows`, and its answers to the first of them."""
-    loss = held_out_loss(model, tokenizer, rows, f"Loss {when}")
-    answers = write_answers(model, tokenizer, rows[:ANSWER_ROWS], f"Answers {when}")
-    return Results(loss, answers, *score(answers, rows[:ANSWER_ROWS]))
-
-
-@torch.inference_mode()
-def held_out_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], bar: str) -> float:
-    """The mean loss per token of the expected answers."""
-    loss_sum = tokens = 0.0
-    for batch in batches(rows, bar):
-        chats = tokenize(tokenizer, batch, with_answers=True).to(model.device)
-        prompt_lengths = tokenize(tokenizer, batch, with_answers=False)["attention_mask"].sum(dim=1).to(model.device)
-        positions = torch.arange(chats["input_ids"].shape[1], device=model.device)
-        in_answer = (positions >= prompt_lengths[:, None]) & chats["attention_mask"].bool()
-        targets = chats["input_ids"].masked_fill(~in_answer, -100)[:, 1:]
-        predictions = model(**chats).logits[:, :-1].float()
-        loss_sum += torch.nn.functional.cross_entropy(
-            predictions.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-        ).item()
-        tokens += (targets != -100).sum().item()
-    return loss_sum / tokens
-
-
-@torch.inference_mode()
-def write_answers(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], bar: str
-) -> list[str]:
-    """What the model answers (greedily) to the orders."""
-    longest = max(len(tokenizer(row["record"])["input_ids"]) for row in rows)
-    answers = []
-    for batch in batches(rows, bar):
-        prompts = tokenize(tokenizer, batch, with_answers=False, padding_side="left").to(model.device)
-        output = model.generate(**prompts, do_sample=False, max_new_tokens=longest + 8)
-        texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
-    return answers
-
-
-def batches(rows: Sequence[Order], bar: str) -> Iterator[Sequence[Order]]:
-    """`rows` in pieces, with a progress bar."""
-    for start in tqdm(range(0, len(rows), EVAL_BATCH), desc=bar, unit="batch"):
-        yield rows[start : start + EVAL_BATCH]
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Order], with_answers: bool, padding_side: str = "right"
-) -> BatchEncoding:
-    """The chats that ask for the records of `rows`, with the expected answers or up to where the answer starts."""
     chats = [messages(row) for row in rows]
-    texts = [
-        tokenizer.apply_chat_template(chat["prompt"] + chat["completion"], tokenize=False)
-        if with_answers
-        else tokenizer.apply_chat_template(chat["prompt"], tokenize=False, add_generation_prompt=True)
-        for chat in chats
-    ]
-    return tokenizer(texts, padding=True, padding_side=padding_side, add_special_tokens=False, return_tensors="pt")
-
-
-@torch.inference_mode()
-def logits(model: torch.nn.Module, batch: BatchEncoding) -> torch.Tensor:
-    return model(**batch).logits.float().cpu()
+    loss = mean_loss(model, tokenizer, chats, f"Loss {when}")
+    found = answers(model, tokenizer, chats[:ANSWER_ROWS], f"Answers {when}")
+    return Results(loss, found, *score(found, rows[:ANSWER_ROWS]))
 
 
 def show_answers(rows: Sequence[Order], before: Results, after: Results) -> None:

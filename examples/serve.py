@@ -28,7 +28,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # else torch slows down tenfold
 
 import torch
 from base_model import cache_home, smollm2
-from finetune import METHODS, load_tokenizer
+from chat import load_tokenizer
+from finetune import METHODS
 from serving import environments
 from serving.adapters import NAMES, Served, exported, trained
 from serving.compare import Comparison, compare, show

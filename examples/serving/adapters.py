@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from finetune import METHODS, load_base, load_tokenizer, train
+from chat import load_tokenizer
+from finetune import METHODS, load_base, train
 from orders import train_and_held_out
 from peft import PeftModel
 

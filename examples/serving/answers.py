@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from finetune import tokenize
-from orders import orders
+from chat import tokenize
+from orders import messages, orders
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +30,7 @@ class Answer:
 
 def prompts(tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
     """Held-out orders as chats that ask for their record, tokenised once for all servers."""
-    return [tokenize(tokenizer, [row], with_answers=False)["input_ids"][0].tolist() for row in _orders()]
+    return [tokenize(tokenizer, [messages(row)], with_answers=False)["input_ids"][0].tolist() for row in _orders()]
 
 
 def own_answers(model: PeftModel, asked: Sequence[Ids], base: bool = False) -> list[Answer]:
