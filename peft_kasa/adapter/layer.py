@@ -136,17 +136,16 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         with at_hand(self, self._used(gathered)):
             if adapter_names is not None:
                 return mixed(result, x, adapter_names, self)
-            return result + self.update(x, names).to(result.dtype)
+            return self.updated(result, x, names)
 
     def _used(self, names: list[str]) -> list[Tensor]:
         every = [self.slots(name) for name in names]
         weight = [self.base_layer.weight] if any(map(slot.through_base, every)) else []
         return [value for slots in every for value in slots.values()] + weight
 
-    def update(self, x: Tensor, names: list[str]) -> Tensor:
-        """What these adapters together add to the base's result: (..., n) -> (..., m)."""
+    def updated(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """The base's result (..., m) for x (..., n), with what these adapters together add."""
         whole: list[slot.Product] = []  # those that share the input
-        outputs: list[Tensor] = []
         inward: list[Tensor] = []  # what the base's weight has yet to be applied to
         every = [self.slots(name) for name in names]
         if (cut := _largest_cut(every)) is not None:
@@ -157,14 +156,14 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             if slot.through_base(slots):
                 inward.append(product(F.dropout(x, config.dropout) if drops else x))
             elif drops:
-                outputs.append(product(F.dropout(x, config.dropout)))
+                result = product(F.dropout(x, config.dropout), result)
             else:
                 whole.append(product)
         if whole:
-            outputs.append(slot.join(whole)(x))
+            result = slot.join(whole)(x, result)
         if inward:
-            outputs.append(self.base.apply(sum(inward[1:], inward[0])))
-        return sum(outputs[1:], outputs[0])
+            result = result + self.base.apply(sum(inward[1:], inward[0])).to(result.dtype)
+        return result
 
     def _product(self, adapter: str, slots: slot.Slots) -> slot.Product:
         known = self.adapters[adapter]

@@ -34,6 +34,6 @@ def mixed(result: Tensor, x: Tensor, names: Sequence[str], layer: Any) -> Tensor
     }
     if not rows:
         return result
-    updates = [layer.update(x[chosen], [name]) for name, chosen in rows.items()]
+    updated = [layer.updated(result[chosen], x[chosen], [name]) for name, chosen in rows.items()]
     order = torch.tensor([row for chosen in rows.values() for row in chosen], device=result.device)
-    return result.index_add(0, order, torch.cat(updates).to(result.dtype))
+    return result.index_copy(0, order, torch.cat(updated))

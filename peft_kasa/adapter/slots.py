@@ -33,11 +33,17 @@ class Product(NamedTuple):
     core: Tensor | None  # (k, k)
     down: Tensor  # (k, n)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Applies it to the last dimension, in the dtype of x."""
-        x = F.linear(x, self.down.to(x.dtype))
-        x = x if self.core is None else F.linear(x, self.core.to(x.dtype))
-        return F.linear(x, self.up.to(x.dtype))
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Applies it to the last dimension, (..., n) -> (..., m), in the dtype of x. Adds that to `onto`, if given."""
+        rows = x if onto is None else x.reshape(-1, x.shape[-1])
+        hidden = F.linear(rows, self.down.to(x.dtype))
+        hidden = hidden if self.core is None else F.linear(hidden, self.core.to(x.dtype))
+        up = self.up.to(x.dtype)
+        if onto is None:
+            return F.linear(hidden, up)
+        if onto.dtype == hidden.dtype:
+            return torch.addmm(onto.reshape(-1, len(up)), hidden, up.T).view(onto.shape)
+        return onto + F.linear(hidden, up).view(onto.shape).to(onto.dtype)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """B (m, k) and A (k, n)."""
@@ -84,18 +90,18 @@ def update(slots: Slots, config: SpectralConfig, scale: float) -> Product:
     if "right0" in slots and "left" not in slots and "right" not in slots:
         return _product(slots["left0"].float(), scale * core_difference(slots, config), slots["right0"].float())
     left, core, right = value(slots, config)
+    core = scale * core
     if "right0" not in slots:
-        return _product(left, scale * core, right)
-    parts = []
-    if "left" in slots or "core" in slots:
-        moved = torch.zeros_like(left)
-        if "left" in slots:
-            moved = moved + times(slots["left"].float(), core)
-        if "core" in slots:
-            moved = moved + times(slots["left0"].float(), core_difference(slots, config))
-        parts.append(Product(scale * moved, None, slots["right0"].float()))
+        return _product(left, core, right)
+    moved, parts = [], []
+    if "left" in slots:
+        moved.append(times(slots["left"].float(), core))
+    if "core" in slots:
+        moved.append(times(slots["left0"].float(), scale * core_difference(slots, config)))
+    if moved:
+        parts.append(Product(sum(moved[1:], moved[0]), None, slots["right0"].float()))
     if "right" in slots:
-        parts.append(Product(scale * times(left, core), None, slots["right"].float()))
+        parts.append(Product(times(left, core), None, slots["right"].float()))
     return join(parts)
 
 

@@ -127,7 +127,7 @@ class BaseWeight:
 
     def corrected(self, result: Tensor, x: Tensor) -> Tensor:
         """The layer's output (..., m) for x, with what the correction adds."""
-        return result if self.correction is None else result + self._correction(x.device)(x).to(result.dtype)
+        return result if self.correction is None else self._correction(x.device)(x, result)
 
     def four_bits(self) -> FourBit | None:
         """What the layer holds, if it is a 4-bit one."""
