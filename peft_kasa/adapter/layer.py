@@ -43,7 +43,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, name: str, **quantization: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.name = name
+        self.name = self.pattern_name = name  # the latter is what patterns of a config are matched with
         self.base = BaseWeight(base_layer, **quantization)
         self.quantization_backend = self.base.backend
         self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
@@ -117,25 +117,30 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         return state
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        names = self.acting(adapter_names)
         if self.training or x.requires_grad:
             self.base.unpack()
         result = self.base.corrected(self.base_layer(x, *args, **kwargs), x)
-        if self.disable_adapters or self.merged:
-            return result
-        asked = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        names = [name for name in asked if name in self.adapters]
         if not names:
             return result
-        for name in names:
-            self.settle(name)
-            if self.training and torch.is_grad_enabled():
-                self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
         with at_hand(self, self._used(names)):
             if adapter_names is not None:
                 return mixed(result, x, adapter_names, self)
             return result + self.update(x, names).to(result.dtype)
+
+    def acting(self, asked: Sequence[str] | None = None) -> list[str]:
+        """The adapters, of those asked for or of the active ones, whose updates this forward pass is to add."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        asked = self.active_adapters if asked is None else dict.fromkeys(asked)
+        names = [name for name in asked if name in self.adapters]
+        for name in names:
+            self.settle(name)
+            if self.training and torch.is_grad_enabled():
+                self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
+        return names
 
     def _used(self, names: list[str]) -> list[Tensor]:
         every = [self.slots(name) for name in names]
@@ -178,7 +183,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def __repr__(self) -> str:
         parts = [f"{name}: {a.config.name} r={a.rank} s={a.scale:g}" for name, a in self.adapters.items()]
-        return f"SpectralLinear({', '.join([*parts, f'base={self.base_layer!r}'])})"
+        return f"{type(self).__name__}({', '.join([*parts, f'base={self.base_layer!r}'])})"
 
 
 def _largest_cut(every: list[dict[str, Tensor]]) -> slot.Product | None:

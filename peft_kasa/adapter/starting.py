@@ -11,6 +11,8 @@ from ..methods.method import require
 from ..peft_type import PREFIX
 from ..spectral.plan import Solver
 from .base.base_weight import guard
+from .experts.expert import SpectralExpert
+from .experts.wrapper import tidy
 from .files.anchors import PREFIX as ANCHOR
 from .files.checkpoint import left_out
 from .jobs import planned, run
@@ -112,7 +114,8 @@ def take_out(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> No
     for layer in layers:
         if adapter in layer.adapters:
             layer.forget(adapter)
-        if not layer.adapters:
+        if not layer.adapters and not isinstance(layer, SpectralExpert):
             layer.base.undo()
             parent, _, child = paths[id(layer)].rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    tidy(model)

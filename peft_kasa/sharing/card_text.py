@@ -82,7 +82,7 @@ def _storage(model: Any, layers: list[SpectralLinear]) -> str:
 
 
 def _targets(layers: list[SpectralLinear]) -> list[str]:
-    return sorted({layer.name.rpartition(".")[2] for layer in layers})
+    return sorted({layer.pattern_name.rpartition(".")[2] for layer in layers})
 
 
 def _learning(layers: list[SpectralLinear], adapter: str) -> int:

@@ -1,0 +1,76 @@
+"""One expert of a stack, as a layer of the family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.sharding import in_zero3
+from ..layer import SpectralLinear
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ExpertWeight(nn.Module):
+    """One matrix of a stacked parameter, as the base layer of a `SpectralExpert`: a view, which holds nothing.
+
+    Args:
+        owner: the experts' module.
+        parameter: the name of its parameter, (experts, out, in), or (experts, in, out) where the owner's
+            `is_transposed` says so.
+        index: which expert.
+    """
+
+    bias = None
+
+    def __init__(self, owner: nn.Module, parameter: str, index: int) -> None:
+        super().__init__()
+        self.owner = (owner,)  # in a tuple, so that it is no child of its own part
+        self.parameter, self.index = parameter, index
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in)."""
+        matrix = getattr(self.owner[0], self.parameter)[self.index]
+        return matrix.T if is_transposed(self.owner[0]) else matrix
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class SpectralExpert(SpectralLinear):
+    """The adapters of one expert's matrix. It is not called: `SpectralExperts` calls the experts, all together.
+
+    Args:
+        base_layer: its matrix.
+        parameter: the full name of the stacked parameter: what patterns of a config are matched with. The expert's own
+            name, in errors and seeds, is that and its number.
+    """
+
+    def __init__(self, base_layer: ExpertWeight, parameter: str) -> None:
+        super().__init__(base_layer, f"{parameter}.{base_layer.index}")
+        self.pattern_name = parameter
+
+
+def is_transposed(owner: nn.Module) -> bool:
+    """Whether the stacks of an experts' module are (experts, in, out): transformers' mark for it, which PEFT reads."""
+    return bool(getattr(owner, "is_transposed", False))
+
+
+def unsupported(owner: nn.Module, parameter: str) -> str | None:
+    """Why a parameter cannot be adapted as a stack of experts, or None if it can."""
+    if hasattr(owner, "parametrizations"):
+        return "it is a parametrization of another (bitsandbytes keeps quantised experts so). Load the experts in float"
+    weight: Any = getattr(owner, parameter)
+    if in_zero3(weight) or isinstance(weight, torch.distributed.tensor.DTensor):
+        return "processes hold it in parts already. Call get_peft_model before the model is sharded"
+    if weight.dtype not in FLOATS:
+        return f"experts have to be kept in float, for the decomposition. Found {weight.dtype}: load them in float"
+    if weight.ndim != 3:
+        found = tuple(weight.shape)
+        remedy = "name linear layers in target_modules, and routers in modules_to_save"
+        return f"target_parameters takes stacks (experts, out, in) or (experts, in, out). Found {found}: {remedy}"
+    return None
