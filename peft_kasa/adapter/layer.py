@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,17 +89,28 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def lowrank(self, *adapters: str) -> LowRank:
         """The whole update of these adapters together, the base not included: exact, and of low rank."""
-        parts, every = [], []
         for name in adapters:
             self.settle(name)
-            every.append(slots := self.whole_slots(name))
+        every = {name: self.whole_slots(name) for name in adapters}
+        weight = self.original() if any(map(slot.through_base, every.values())) else None
+        return self.joint(every, weight).lowrank()
+
+    def joint(self, every: Mapping[str, slot.Slots], weight: Tensor | None) -> slot.Product:
+        """The whole update of adapters with these slots, which `torch.vmap` may stack.
+
+        Args:
+            every: the slots by adapter.
+            weight: the base weight (m, n) in float32, where a left factor is made of it.
+        """
+        parts = []
+        for name, slots in every.items():
             product = self._product(name, slots)
             if slot.through_base(slots):
-                product = product._replace(up=self.original() @ product.up)
+                product = product._replace(up=weight @ product.up)  # type: ignore[operator]
             parts.append(product)
-        if (cut := _largest_cut(every)) is not None:
+        if (cut := slot.largest_cut(every.values())) is not None:
             parts.append(slot.Product(-cut.up.float(), None, cut.down.float()))
-        return slot.join(parts).lowrank()
+        return slot.join(parts)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's update in float32 and in the layout of the base weight: (out, in), Conv1D's (in, out)."""
@@ -153,7 +164,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         outputs: list[Tensor] = []
         inward: list[Tensor] = []  # what the base's weight has yet to be applied to
         every = [self.slots(name) for name in names]
-        if (cut := _largest_cut(every)) is not None:
+        if (cut := slot.largest_cut(every)) is not None:
             whole.append(cut._replace(up=-cut.up))
         for name, slots in zip(names, every, strict=True):
             config, product = self.adapters[name].config, self._product(name, slots)
@@ -184,16 +195,6 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     def __repr__(self) -> str:
         parts = [f"{name}: {a.config.name} r={a.rank} s={a.scale:g}" for name, a in self.adapters.items()]
         return f"{type(self).__name__}({', '.join([*parts, f'base={self.base_layer!r}'])})"
-
-
-def _largest_cut(every: list[dict[str, Tensor]]) -> slot.Product | None:
-    """What leaves the base for several adapters: cuts of one weight are nested, so the largest holds the others."""
-    largest = None
-    for slots in every:  # a plain loop: torch.compile breaks its graph at max(key=)
-        cut = slot.cut(slots)
-        if cut is not None and (largest is None or cut.up.shape[1] > largest.up.shape[1]):
-            largest = cut
-    return largest
 
 
 def _shape(layer: nn.Module, transposed: bool) -> tuple[int, int]:

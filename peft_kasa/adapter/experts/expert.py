@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..base.sharding import in_zero3
 from ..layer import SpectralLinear
+from ..slots import through_base
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,6 +54,27 @@ class SpectralExpert(SpectralLinear):
     def __init__(self, base_layer: ExpertWeight, parameter: str) -> None:
         super().__init__(base_layer, f"{parameter}.{base_layer.index}")
         self.pattern_name = parameter
+
+
+def joint(experts: list[SpectralExpert], adapters: list[str]) -> tuple[Tensor, Tensor]:
+    """The whole update of these adapters in each expert of a stack, computed for all at once.
+
+    Returns:
+        B (experts, m, k) and A (experts, k, n), float32.
+    """
+    every = [{name: expert.slots(name) for name in adapters} for expert in experts]
+    stacked = {
+        name: {slot: torch.stack([slots[name][slot] for slots in every]) for slot in every[0][name]}
+        for name in adapters
+    }
+    reads = any(map(through_base, every[0].values()))
+    weights = torch.stack([expert.original() for expert in experts]) if reads else None
+
+    def one(slots: dict[str, dict[str, Tensor]], weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        return experts[0].joint(slots, weight).folded()
+
+    with torch.autocast(experts[0].base.device.type, enabled=False):
+        return torch.vmap(one, in_dims=(0, 0 if reads else None))(stacked, weights)
 
 
 def is_transposed(owner: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...methods.method import SpectralConfig
 from ..base.sharding import in_zero3
-from .expert import ExpertWeight, SpectralExpert, is_transposed, unsupported
+from .expert import ExpertWeight, SpectralExpert, is_transposed, joint, unsupported
 from .stack import Stack
 
 
@@ -58,9 +58,7 @@ class SpectralExperts(nn.Module):
             return None
         if in_zero3(base):
             raise ValueError(f"{experts[0].pattern_name}: stacked experts cannot be adapted with ZeRO-3. Use ZeRO-2.")
-        with torch.autocast(base.device.type, enabled=False):
-            factors = [expert.lowrank(*acting[0]).factors() for expert in experts]
-        up, down = (torch.stack(every) for every in zip(*factors, strict=True))
+        up, down = joint(experts, acting[0])
         stack = Stack(base, down.mT, up.mT) if is_transposed(self.base_layer) else Stack(base, up, down)
         return stack.dense() if torch.compiler.is_compiling() else stack
 
