@@ -145,8 +145,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return []
-        asked = self.active_adapters if asked is None else dict.fromkeys(asked)
-        names = [name for name in asked if name in self.adapters]
+        known = self.active_adapters if asked is None else list(dict.fromkeys(asked))
+        names = [name for name in known if name in self.adapters]
         for name in names:
             self.settle(name)
             if self.training and torch.is_grad_enabled():

@@ -18,7 +18,7 @@ from .base.base_weight import guard
 from .base.offload import check_at_hand
 from .budget import adopt, start
 from .combining import Combining
-from .experts.wrapper import adapt, stacks
+from .experts.wrapper import adapt, check_plain, stacks
 from .files import checkpoint
 from .files.anchors import PREFIX as ANCHOR
 from .files.file_fields import check_counts
@@ -73,7 +73,11 @@ class SpectralModel(Combining, BaseTuner):
             self._stacks = stacks(model)
             if from_file:
                 check_counts(config, sum(1 for _ in model.modules()))
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            check_plain(model, config.target_parameters)
+            with warnings.catch_warnings():
+                if config.target_parameters:  # PEFT looks for what patterns match among modules alone
+                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))
             if values_follow:

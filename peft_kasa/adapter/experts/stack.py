@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNED = 16  # grouped products take inner sizes of a multiple of 16 bytes
-FACTS = frozenset("data_ptr device dim dtype is_contiguous is_cuda layout ndim shape size stride".split())
+FACTS = ("device", "dim", "dtype", "is_cuda", "ndim", "shape", "size")  # the same of the base and of the sum
 
 
 class Stack:
     """base (..., p, q) + up (..., p, k) @ down (..., k, q), added up only where code asks for the sum.
 
     Where the experts' code takes one expert, or multiplies, the two parts are multiplied apart, as in a linear layer:
-    W + update in bfloat16 would round most of a small update away, and be a second copy of all experts in the graph.
+    W + update in bfloat16 would lose more of a small update, and be a second copy of all experts in the graph.
     All else (another operation, an attribute) gets the sum, in the dtype of the base.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from ...methods.method import SpectralConfig
 from ..base.sharding import in_zero3
 from .expert import ExpertWeight, SpectralExpert, is_transposed, joint, unsupported
 from .stack import Stack
+
+TORCH = (None, "eager", "grouped_mm", "batched_mm")  # what transformers calls code that calls torch
 
 
 class SpectralExperts(nn.Module):
@@ -60,7 +62,12 @@ class SpectralExperts(nn.Module):
             raise ValueError(f"{experts[0].pattern_name}: stacked experts cannot be adapted with ZeRO-3. Use ZeRO-2.")
         up, down = joint(experts, acting[0])
         stack = Stack(base, down.mT, up.mT) if is_transposed(self.base_layer) else Stack(base, up, down)
-        return stack.dense() if torch.compiler.is_compiling() else stack
+        return stack if self._multiplies_by_torch() else stack.dense()
+
+    def _multiplies_by_torch(self) -> bool:
+        """Whether the experts' code is known to make its products with torch's functions: other kernels read memory."""
+        kernel = getattr(getattr(self.base_layer, "config", None), "_experts_implementation", None)
+        return kernel in TORCH and not torch.compiler.is_compiling()
 
     def get_base_layer(self) -> nn.Module:
         """The experts' module."""
@@ -103,6 +110,14 @@ def adapt(
     new.reserve(parameter, name, adapter, config)
     if wrapper is None:
         setattr(parent, child, new)
+
+
+def check_plain(model: nn.Module, names: Collection[str] | None) -> None:
+    """Raises TypeError where a parameter of these names is a parametrization: PEFT would pass it by."""
+    for path, module in model.named_modules():
+        for parameter in getattr(module, "parametrizations", ()):
+            if any(f".{path}.{parameter}".endswith(f".{name}") for name in names or ()):
+                raise TypeError(f"{path}.{parameter}: {unsupported(module, parameter)}.")
 
 
 def stacks(model: nn.Module) -> tuple[str, ...]:
