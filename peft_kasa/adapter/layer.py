@@ -66,6 +66,11 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             if adapter in (kept := getattr(self, name)):
                 del kept[adapter]
 
+    @property
+    def stored(self) -> Tensor:
+        """The parameter that holds the base weight, whatever its shape and wherever its parts are."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
     def slots(self, adapter: str) -> dict[str, Tensor]:
         """The adapter's tensors by slot name, its fingerprint of the base among them."""
         holders = (self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter])
@@ -155,7 +160,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def _used(self, names: list[str]) -> list[Tensor]:
         every = [self.slots(name) for name in names]
-        weight = [self.base_layer.weight] if any(map(slot.through_base, every)) else []
+        weight = [self.stored] if any(map(slot.through_base, every)) else []
         return [value for slots in every for value in slots.values()] + weight
 
     def update(self, x: Tensor, names: list[str]) -> Tensor:

@@ -55,6 +55,12 @@ class SpectralExpert(SpectralLinear):
         super().__init__(base_layer, f"{parameter}.{base_layer.index}")
         self.pattern_name = parameter
 
+    @property
+    def stored(self) -> Tensor:
+        """The stack: of one in parts, taking a matrix is a collective."""
+        weight: Any = self.base_layer
+        return getattr(weight.owner[0], weight.parameter)
+
 
 def joint(experts: list[SpectralExpert], adapters: list[str]) -> tuple[Tensor, Tensor]:
     """The whole update of these adapters in each expert of a stack, computed for all at once.
@@ -73,7 +79,7 @@ def joint(experts: list[SpectralExpert], adapters: list[str]) -> tuple[Tensor, T
     def one(slots: dict[str, dict[str, Tensor]], weight: Tensor | None) -> tuple[Tensor, Tensor]:
         return experts[0].joint(slots, weight).folded()
 
-    with torch.autocast(experts[0].base.device.type, enabled=False):
+    with torch.autocast(experts[0].stored.device.type, enabled=False):
         return torch.vmap(one, in_dims=(0, 0 if reads else None))(stacked, weights)
 
 
