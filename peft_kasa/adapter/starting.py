@@ -71,7 +71,7 @@ def frames(layers: dict[str, SpectralLinear], adapter: str, state: dict[str, Ten
     for path, layer in layers.items():
         key = f"{path}.{PREFIX}frozen.{adapter}."
         saved[layer] = {name.removeprefix(key): value for name, value in state.items() if name.startswith(key + ANCHOR)}
-        shapes = {slot: layer.slots(adapter)[slot].shape for slot in left_out(layer, adapter)}
+        shapes = {slot: layer.slots(adapter)[slot].shape for slot in sorted(left_out(layer, adapter))}
         device = layer.base.device
         own[layer] = {slot: torch.empty(shape, dtype=torch.float32, device=device) for slot, shape in shapes.items()}
         found |= {key + slot: value for slot, value in own[layer].items()}
