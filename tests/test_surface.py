@@ -140,7 +140,7 @@ REFUSED = [
         "layers_to_transform needs target_modules as a list",
     ),
     ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
-    ({"target_parameters": ["experts.down_proj"]}, r"target_parameters has to be None.*PEFT's LoraConfig"),
+    ({"target_parameters": "experts.down_proj"}, r"target_parameters has to be a list of names.*Found 'experts"),
     ({"bias": "lora_only"}, "bias has to be 'none' or 'all' or 'peft_kasa_only'. Found 'lora_only'"),
 ]
 

@@ -18,6 +18,7 @@ from ..spectral.lowrank import total
 from . import slots as slot
 from .base.fingerprint import FINGERPRINT
 from .base.sharding import whole
+from .experts.expert import SpectralExpert
 from .layer import SpectralLinear
 from .naming import check_name, exactly, target
 from .starting import all_layers, settle, withdraw
@@ -91,7 +92,11 @@ def _combine(
     for layer in all_layers(tuner.model):
         if held := [(name, weight) for name, weight in terms if name in layer.adapters]:
             sums[layer] = _sum(layer, held, kind, rank)
-    tuner.peft_config[adapter] = _config(tuner, terms[0][0], {layer.name: s.value.rank for layer, s in sums.items()})
+    ranks: dict[str, int] = {}
+    for layer, summed in sums.items():
+        ranks[layer.pattern_name] = max(summed.value.rank, ranks.get(layer.pattern_name, 0))
+    stacks = {layer.pattern_name for layer in sums if isinstance(layer, SpectralExpert)}
+    tuner.peft_config[adapter] = _config(tuner, terms[0][0], ranks, stacks)
     tuner.inject_adapter(tuner.model, adapter)
     try:
         for layer, summed in sums.items():
@@ -135,7 +140,7 @@ def _sum(layer: SpectralLinear, terms: list[tuple[str, float]], kind: Combinatio
     return Sum(value, error, whole(layer.slots(terms[0][0])[FINGERPRINT]))
 
 
-def _config(tuner: Any, source: str, ranks: dict[str, int]) -> NLoRAConfig:
+def _config(tuner: Any, source: str, ranks: dict[str, int], stacks: set[str]) -> NLoRAConfig:
     """Of an SLoRA, the member that is L K R and nothing else; its values are about to follow."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     like = tuner.peft_config[source]
@@ -148,14 +153,15 @@ def _config(tuner: Any, source: str, ranks: dict[str, int]) -> NLoRAConfig:
         revision=like.revision,
         inference_mode=like.inference_mode,
     )
-    target(config, tuner.model, set(ranks))
+    target(config, tuner.model, ranks.keys() - stacks, stacks)
     config.from_file = True  # type: ignore[misc]
     return config
 
 
 def _fill(layer: SpectralLinear, adapter: str, summed: Sum) -> None:
-    values: dict[str, Tensor] = {**summed.value._asdict(), FINGERPRINT: summed.fingerprint}
-    values["core"] = torch.diag(summed.value.core)
+    value = summed.value.padded(layer.adapters[adapter].rank)  # the experts of a stack have one rank
+    values: dict[str, Tensor] = {**value._asdict(), FINGERPRINT: summed.fingerprint}
+    values["core"] = torch.diag(value.core)
     for name, parameter in layer.slots(adapter).items():
         parameter.copy_(values[name])
     layer.adapters[adapter].awaiting = False

@@ -42,8 +42,8 @@ class Filling:
     def reserve(self: Any, adapter: str, config: SpectralConfig) -> None:
         """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
         m, n = self.out_features, self.in_features
-        rank = given_rank(config, self.name) or config.r or min(m, n)
-        scale = module_scale(config, self.name, rank)
+        rank = given_rank(config, self.pattern_name) or config.r or min(m, n)
+        scale = module_scale(config, self.pattern_name, rank)
         rule = f"{self.name}: r has to be at most min(out, in) = min({m}, {n}) (see rank_pattern, exclude_modules)"
         require(rank <= min(m, n), rule, rank)
         known = self.adapters[adapter] = Adapter(config, rank, scale)
@@ -135,7 +135,7 @@ class Filling:
                 f"{self.name}: adapter {adapter!r} ({known.config.name}) starts from {known.config.needs} of data and "
                 f"has seen none. Call calibrate(model, data, adapter={adapter!r}) first."
             )
-        elif known.config.rank_budget is not None and given_rank(known.config, self.name) is None:
+        elif known.config.rank_budget is not None and given_rank(known.config, self.pattern_name) is None:
             raise ValueError(
                 f"{self.name}: the rank of adapter {adapter!r} has not been chosen (rank_budget), since its config was "
                 "read from a file, to be filled from one. Give get_peft_model a new one: dataclasses.replace(config)."

@@ -86,7 +86,7 @@ def job(layer: SpectralLinear, adapter: str, work: Callable[[], None], results: 
 
 def run(work: Sequence[Task], title: str) -> None:
     """Runs the jobs. Weights that processes hold in parts are put together for them, a few at a time."""
-    divided = any(in_parts(layer.base_layer.weight) for layers, _ in work for layer in layers)
+    divided = any(in_parts(layer.stored) for layers, _ in work for layer in layers)
     step = TOGETHER if divided else max(len(work), 1)
     for first in range(0, max(len(work), 1), step):
         part = work[first : first + step]

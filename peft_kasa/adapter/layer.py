@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, name: str, **quantization: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.name = name
+        self.name = self.pattern_name = name  # the latter is what patterns of a config are matched with
         self.base = BaseWeight(base_layer, **quantization)
         self.quantization_backend = self.base.backend
         self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
@@ -65,6 +65,11 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         for name in (*self.adapter_layer_names, *self.other_param_names):
             if adapter in (kept := getattr(self, name)):
                 del kept[adapter]
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter that holds the base weight, whatever its shape and wherever its parts are."""
+        return self.base_layer.weight  # type: ignore[return-value]
 
     def slots(self, adapter: str) -> dict[str, Tensor]:
         """The adapter's tensors by slot name, its fingerprint of the base among them."""
@@ -89,17 +94,28 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def lowrank(self, *adapters: str) -> LowRank:
         """The whole update of these adapters together, the base not included: exact, and of low rank."""
-        parts, every = [], []
         for name in adapters:
             self.settle(name)
-            every.append(slots := self.whole_slots(name))
+        every = {name: self.whole_slots(name) for name in adapters}
+        weight = self.original() if any(map(slot.through_base, every.values())) else None
+        return self.joint(every, weight).lowrank()
+
+    def joint(self, every: Mapping[str, slot.Slots], weight: Tensor | None) -> slot.Product:
+        """The whole update of adapters with these slots, which `torch.vmap` may stack.
+
+        Args:
+            every: the slots by adapter.
+            weight: the base weight (m, n) in float32, where a left factor is made of it.
+        """
+        parts = []
+        for name, slots in every.items():
             product = self._product(name, slots)
             if slot.through_base(slots):
-                product = product._replace(up=self.original() @ product.up)
+                product = product._replace(up=weight @ product.up)  # type: ignore[operator]
             parts.append(product)
-        if (cut := _largest_cut(every)) is not None:
+        if (cut := slot.largest_cut(every.values())) is not None:
             parts.append(slot.Product(-cut.up.float(), None, cut.down.float()))
-        return slot.join(parts).lowrank()
+        return slot.join(parts)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's update in float32 and in the layout of the base weight: (out, in), Conv1D's (in, out)."""
@@ -117,30 +133,35 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         return state
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        names = self.acting(adapter_names)
         if self.training or x.requires_grad:
             self.base.unpack()
         result = self.base.corrected(self.base_layer(x, *args, **kwargs), x)
-        if self.disable_adapters or self.merged:
+        if self.merged or self.disable_adapters or not (names or adapter_names):
             return result
-        asked = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        names = [name for name in asked if name in self.adapters]
-        if not names and adapter_names is None:
-            return result
-        for name in names:
-            self.settle(name)
-            if self.training and torch.is_grad_enabled():
-                self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
         gathered = names if adapter_names is None else list(self.adapters)  # other processes' rows may need others
         with at_hand(self, self._used(gathered)):
             if adapter_names is not None:
                 return mixed(result, x, adapter_names, self)
             return self.updated(result, x, names)
 
+    def acting(self, asked: Sequence[str] | None = None) -> list[str]:
+        """The adapters, of those asked for or of the active ones, whose updates this forward pass is to add."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        known = self.active_adapters if asked is None else list(dict.fromkeys(asked))
+        names = [name for name in known if name in self.adapters]
+        for name in names:
+            self.settle(name)
+            if self.training and torch.is_grad_enabled():
+                self.adapters[name].trained = True  # never read here: torch.compile would compile the next step anew
+        return names
+
     def _used(self, names: list[str]) -> list[Tensor]:
         every = [self.slots(name) for name in names]
-        weight = [self.base_layer.weight] if any(map(slot.through_base, every)) else []
+        weight = [self.stored] if any(map(slot.through_base, every)) else []
         return [value for slots in every for value in slots.values()] + weight
 
     def updated(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
@@ -148,7 +169,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         whole: list[slot.Product] = []  # those that share the input
         inward: list[Tensor] = []  # what the base's weight has yet to be applied to
         every = [self.slots(name) for name in names]
-        if (cut := _largest_cut(every)) is not None:
+        if (cut := slot.largest_cut(every)) is not None:
             whole.append(cut._replace(up=-cut.up))
         for name, slots in zip(names, every, strict=True):
             config, product = self.adapters[name].config, self._product(name, slots)
@@ -178,17 +199,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def __repr__(self) -> str:
         parts = [f"{name}: {a.config.name} r={a.rank} s={a.scale:g}" for name, a in self.adapters.items()]
-        return f"SpectralLinear({', '.join([*parts, f'base={self.base_layer!r}'])})"
-
-
-def _largest_cut(every: list[dict[str, Tensor]]) -> slot.Product | None:
-    """What leaves the base for several adapters: cuts of one weight are nested, so the largest holds the others."""
-    largest = None
-    for slots in every:  # a plain loop: torch.compile breaks its graph at max(key=)
-        cut = slot.cut(slots)
-        if cut is not None and (largest is None or cut.up.shape[1] > largest.up.shape[1]):
-            largest = cut
-    return largest
+        return f"{type(self).__name__}({', '.join([*parts, f'base={self.base_layer!r}'])})"
 
 
 def _shape(layer: nn.Module, transposed: bool) -> tuple[int, int]:

@@ -30,7 +30,7 @@ class Merging:
             ValueError: with `safe_merge`, where the result is not finite; or where processes hold the base weight in
                 parts. The layer is left unmerged.
         """
-        if in_parts(self.base_layer.weight):
+        if in_parts(self.stored):
             raise ValueError(
                 f"{self.name}: the base weight is in parts over several processes (FSDP2, ZeRO-3, tensor parallelism), "
                 "which merging cannot write. Save the adapter and merge it in one process, or export_lora it."

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..methods.method import require
+from .experts.expert import SpectralExpert
 from .layer import SpectralLinear
 from .naming import BASE
 from .starting import all_layers, settle
@@ -73,5 +74,11 @@ def _check(tuner: Any, names: Sequence[str]) -> None:
     known = [*tuner.peft_config, BASE]
     unknown = sorted(set(names) - set(known))
     require(not unknown, f"adapter_names have to be of {known}", unknown)
+    stacked = sorted({layer.pattern_name for layer in all_layers(tuner) if isinstance(layer, SpectralExpert)})
+    rule = (
+        "adapter_names needs a model without adapted experts (target_parameters), which are given tokens of any row: "
+        "use set_adapter, one adapter a batch"
+    )
+    require(not stacked, rule, stacked[:1])
     merged = sorted({name for layer in all_layers(tuner) for name in layer.merged_adapters})
     require(not merged, "adapter_names needs adapters that are not merged: call unmerge_adapter first", merged)

@@ -20,8 +20,9 @@ def exactly(name: str, names: Collection[str]) -> str:
     return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name
 
 
-def target(config: SpectralConfig, model: nn.Module, names: set[str]) -> None:
-    """Makes these modules the config's targets, and no other that ends in one of their names."""
+def target(config: SpectralConfig, model: nn.Module, names: set[str], stacks: Collection[str] = ()) -> None:
+    """Makes these modules and stacks of experts the config's targets, and no other that ends in one of their names."""
+    config.target_parameters = sorted(stacks) or None
     ends = tuple(f".{name}" for name in names)
     config.target_modules = names
     if sum(f".{path}".endswith(ends) for path, _ in model.named_modules()) > len(names):

@@ -8,7 +8,7 @@ factor is the base weight times the right one (`through_base`), it is not kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,16 @@ def core_difference(slots: Slots, config: SpectralConfig) -> Tensor:
 def cut(slots: Slots) -> Product | None:
     """The cut of the spectrum that leaves the base, if there is one."""
     return Product(slots["cut_left"], None, slots["cut_right"]) if "cut_left" in slots else None
+
+
+def largest_cut(every: Iterable[Slots]) -> Product | None:
+    """What leaves the base for several adapters: cuts of one weight are nested, so the largest holds the others."""
+    largest = None
+    for slots in every:  # a plain loop: torch.compile breaks its graph at max(key=)
+        found = cut(slots)
+        if found is not None and (largest is None or found.up.shape[1] > largest.up.shape[1]):
+            largest = found
+    return largest
 
 
 def join(parts: list[Product]) -> Product:

@@ -11,6 +11,8 @@ from ..methods.method import require
 from ..peft_type import PREFIX
 from ..spectral.plan import Solver
 from .base.base_weight import guard
+from .experts.expert import SpectralExpert
+from .experts.wrapper import tidy
 from .files.anchors import PREFIX as ANCHOR
 from .files.checkpoint import left_out
 from .jobs import planned, run
@@ -69,7 +71,7 @@ def frames(layers: dict[str, SpectralLinear], adapter: str, state: dict[str, Ten
     for path, layer in layers.items():
         key = f"{path}.{PREFIX}frozen.{adapter}."
         saved[layer] = {name.removeprefix(key): value for name, value in state.items() if name.startswith(key + ANCHOR)}
-        shapes = {slot: layer.slots(adapter)[slot].shape for slot in left_out(layer, adapter)}
+        shapes = {slot: layer.slots(adapter)[slot].shape for slot in sorted(left_out(layer, adapter))}
         device = layer.base.device
         own[layer] = {slot: torch.empty(shape, dtype=torch.float32, device=device) for slot, shape in shapes.items()}
         found |= {key + slot: value for slot, value in own[layer].items()}
@@ -112,7 +114,8 @@ def take_out(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> No
     for layer in layers:
         if adapter in layer.adapters:
             layer.forget(adapter)
-        if not layer.adapters:
+        if not layer.adapters and not isinstance(layer, SpectralExpert):
             layer.base.undo()
             parent, _, child = paths[id(layer)].rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    tidy(model)

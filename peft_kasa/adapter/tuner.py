@@ -20,6 +20,7 @@ from .base.offload import check_at_hand
 from .base.sharding import bare
 from .budget import adopt, start
 from .combining import Combining
+from .experts.wrapper import adapt, check_plain, stacks
 from .files import checkpoint
 from .files.anchors import PREFIX as ANCHOR
 from .files.file_fields import check_counts
@@ -71,9 +72,14 @@ class SpectralModel(Combining, BaseTuner):
         from_file, config.from_file = config.from_file, False  # told once: another adapter with it starts afresh
         values_follow = from_file or low_cpu_mem_usage or state_dict is not None
         try:
+            self._stacks = stacks(model)
             if from_file:
                 check_counts(config, sum(1 for _ in model.modules()))
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            check_plain(model, config.target_parameters)
+            with warnings.catch_warnings():
+                if config.target_parameters:  # PEFT looks for what patterns match among modules alone
+                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             guard(model)
             layers = list(layers_of(model, adapter_name))
             warn_of_misread({layer.name: layer.base for layer in layers})
@@ -95,8 +101,11 @@ class SpectralModel(Combining, BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
+        if parameter_name is not None:
+            return adapt(parent, target_name, target, current_key, parameter_name, adapter_name, peft_config)
         layer = target
         if not isinstance(layer, SpectralLinear):
             if reason := unsupported(target):
@@ -105,6 +114,17 @@ class SpectralModel(Combining, BaseTuner):
         layer.reserve(adapter_name, peft_config)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_exists(self, peft_config: SpectralConfig, key: str) -> Any:  # type: ignore[override]
+        """As in PEFT, but for what stands for stacked experts: it has their names and is no module to adapt."""
+        return False if key.startswith(self._stacks) else super()._check_target_module_exists(peft_config, key)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As in PEFT; where it knows no default target_modules, target_parameters alone will do."""
+        known = model_config["model_type"] in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # a wrapper makes its slots where its base layer is: nothing to move

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from torch import nn
 
+from ..adapter.experts.wrapper import stacks
 from ..adapter.layer import SpectralLinear
 from ..adapter.supported import unsupported
 from ..adapter.tuner import SpectralModel
@@ -38,6 +39,7 @@ def targets(model: nn.Module, config: SpectralConfig) -> dict[str, nn.Module]:
     model = inner(model)
     resolved: Any = _resolved(model, copy.deepcopy(config))
     internals = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SpectralLinear))
+    internals += stacks(model)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not name or name.startswith(internals) or not check_target_module_exists(resolved, name):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..spectral import LowRank
+from . import experts
 from .site import Needs, Site, Start
 
 _METHODS: dict[str, type[SpectralConfig]] = {}
@@ -48,7 +49,9 @@ class SpectralConfig(PeftConfig):
         ensure_weight_tying: as in PEFT's LoraConfig, for modules_to_save and trainable_token_indices.
         bias: which biases of the base learn, in place: "none", "all", or "peft_kasa_only", those of the targets. They
             stay changed when the adapter is switched off, unloaded or deleted, as in PEFT.
-        target_parameters: only None: parameters that no linear layer holds are not adapted.
+        target_parameters: names, or ends of names, of stacked experts: parameters (experts, out, in), or (experts, in,
+            out), each expert of which is adapted. Patterns know them by the parameter's name. As in LoraConfig, the
+            fields that choose modules do not choose here, and target_modules is [] for the experts alone.
         seed: random starts depend on this and on the module's name, on nothing else.
         regularize: whether the method's regulariser acts at each optimiser step.
         reduction: whether the regulariser is the "mean" or the "sum" over modules.
@@ -146,11 +149,8 @@ class SpectralConfig(PeftConfig):
             require(not layered, "layers_to_transform needs target_modules as a list", self.target_modules)
         alone = self.layers_pattern is not None and self.layers_to_transform is None
         require(not alone, "layers_pattern needs layers_to_transform, the numbers of the layers", self.layers_pattern)
-        experts = (
-            "target_parameters has to be None: linear layers are adapted, stacked experts are not. Name linear "
-            "modules in target_modules, or adapt the experts with PEFT's LoraConfig"
-        )
-        require(not self.target_parameters, experts, self.target_parameters)
+        if refused := experts.refusal(self):
+            require(False, *refused)
 
     def _check_budget(self) -> None:
         budget = self.rank_budget

@@ -75,14 +75,14 @@ def _method(config: SpectralConfig) -> str:
 def _storage(model: Any, layers: list[SpectralLinear]) -> str:
     quantization = getattr(getattr(model.get_base_model(), "config", None), "quantization_config", None)
     if quantization is None:
-        return ", ".join(sorted({str(layer.base_layer.weight.dtype).removeprefix("torch.") for layer in layers}))
+        return ", ".join(sorted({str(layer.stored.dtype).removeprefix("torch.") for layer in layers}))
     known = quantization if isinstance(quantization, dict) else quantization.to_dict()
     kind = "4-bit" if known.get("load_in_4bit") else "8-bit" if known.get("load_in_8bit") else "quantised"
     return f"{kind} ({known.get('bnb_4bit_quant_type') if kind == '4-bit' else known.get('quant_method', 'unknown')})"
 
 
 def _targets(layers: list[SpectralLinear]) -> list[str]:
-    return sorted({layer.name.rpartition(".")[2] for layer in layers})
+    return sorted({layer.pattern_name.rpartition(".")[2] for layer in layers})
 
 
 def _learning(layers: list[SpectralLinear], adapter: str) -> int:

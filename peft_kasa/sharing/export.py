@@ -14,13 +14,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapter.experts.expert import SpectralExpert
 from ..adapter.layer import SpectralLinear
 from ..adapter.naming import exactly
 from ..adapter.starting import adapted
 from ..files import replacing
 from ..methods.method import SpectralConfig, require
 from ..peft_type import NAME, PREFIX
-from ..spectral import LowRank
+from .lora_tensors import plain, stacked
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 LARGEST_RANK = SERVED_RANKS[-1]
@@ -91,10 +92,12 @@ def to_lora(
             f"The exact LoRA has rank {largest} ({max(values, key=lambda n: values[n].rank)}), above {LARGEST_RANK}, "
             "which no server takes. Pass rank= for the best approximation of that rank, or use merge_and_unload."
         )
-    ranks = {name: largest if uniform else value.rank for name, value in values.items()}
+    ranks = dict.fromkeys((layer.pattern_name for layer in layers.values()), largest if uniform else 1)
+    for name, layer in layers.items():
+        ranks[layer.pattern_name] = max(ranks[layer.pattern_name], values[name].rank)
+    values = {name: value.padded(ranks[layers[name].pattern_name]) for name, value in values.items()}
     tensors = dict(extra)
-    for name, value in values.items():
-        up, down = _padded(value, ranks[name])
+    for name, (up, down) in {**plain(layers, values), **stacked(layers, values)}.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
     report = LoraExport(largest, min((r for r in SERVED_RANKS if r >= largest), default=largest), errors)
@@ -157,21 +160,18 @@ def _beyond_slots(model: Any, adapter: str, config: SpectralConfig, uniform: boo
     return {key: value.clone() for key, value in state.items() if f".{PREFIX}" not in key}  # tied ones share memory
 
 
-def _padded(value: LowRank, rank: int) -> tuple[Tensor, Tensor]:
-    up, down = value.factors()
-    missing = rank - value.rank
-    return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
-
-
 def _lora_config(
     model: Any, config: SpectralConfig, layers: dict[str, SpectralLinear], ranks: dict[str, int], extra: Any
 ) -> LoraConfig:
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    own = {exactly(name, layers): rank for name, rank in ranks.items() if rank != usual}
+    own = {exactly(name, ranks): rank for name, rank in ranks.items() if rank != usual}
+    modules = {name: layer for name, layer in layers.items() if not isinstance(layer, SpectralExpert)}
+    parameters = sorted(ranks.keys() - modules.keys())
     return LoraConfig(
         r=usual,
         lora_alpha=usual,  # s is in B
-        target_modules=_targets(model, layers),
+        target_modules=_targets(model, modules),
+        target_parameters=parameters or None,
         rank_pattern=own,
         alpha_pattern=dict(own),
         modules_to_save=config.modules_to_save if extra else None,

@@ -69,6 +69,6 @@ def _check_layer(layer: SpectralLinear, adapter: str, config: SpectralConfig) ->
     known = layer.adapters[adapter]
     rule = f"{layer.name}: adapter {adapter!r} has to be unmerged (unmerge_adapter) to be swapped"
     require(adapter not in layer.merged_adapters, rule, layer.merged_adapters)
-    scale = module_scale(config, layer.name, known.rank)
+    scale = module_scale(config, layer.pattern_name, known.rank)
     rule = f"{layer.name}: the scale (alpha, r, use_rslora) has to be {known.scale:g}, as in the loaded adapter"
     require(scale == known.scale, rule, scale)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def times(left: Tensor, core: Tensor) -> Tensor:
@@ -69,6 +70,12 @@ class LowRank(NamedTuple):
         if a is a_other:
             return from_factors(b - b_other, a)
         return from_factors(torch.cat([b, -b_other], 1), torch.cat([a, a_other]))
+
+    def padded(self, rank: int) -> LowRank:
+        """The same matrix, its factors filled up with zeros to a larger k."""
+        more = rank - self.rank
+        core = F.pad(self.core, (0, more) * self.core.ndim)
+        return LowRank(F.pad(self.left, (0, more)), core, F.pad(self.right, (0, 0, 0, more)))
 
     def truncated(self, rank: int) -> tuple[LowRank, float]:
         """The best approximation of a given rank (Eckart-Young), and its relative error in the Frobenius norm.

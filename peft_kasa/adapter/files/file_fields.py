@@ -11,7 +11,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ...methods.method import SpectralConfig
 
 FILE = "adapter_config.json"
-PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_modules", "exclude_modules", "layers_pattern")
+PATTERNS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "target_parameters",
+)
 
 
 def check(config_class: type[SpectralConfig], given: Mapping[str, Any]) -> None:
