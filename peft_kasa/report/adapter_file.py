@@ -78,7 +78,7 @@ class AdapterFile(ABC):
         }
 
     def found(self, pattern: str) -> Iterator[tuple[str, str, Tensor]]:
-        """The module, the group "slot" and the tensor of each key that matches `ROOT`, a module's name and a pattern."""
+        """The module, the group "slot" and the tensor of each key that is `ROOT`, a module's name and a pattern."""
         for key, value in self.tensors.items():
             if match := re.fullmatch(re.escape(ROOT) + r"(?P<module>.+?)\." + pattern, key):
                 yield match["module"], match["slot"], value

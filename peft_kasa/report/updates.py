@@ -56,14 +56,15 @@ def beside(update: Spectrum, weight: Tensor, rank: int, name: str) -> Beside:
     engine, size = Engine(precision="float64"), min(weight.shape)
     whole = engine(weight, size, "top", name)
     top, bottom = slice(None, rank), slice(size - rank, None)
-    chances = (max(rank, len(update.s)) / side if len(update.s) else 0.0 for side in weight.shape)
+    left, right = (max(rank, len(update.s)) / side if len(update.s) else 0.0 for side in weight.shape)
     return Beside(
         (update.s.norm() / whole.s.norm()).nan_to_num(posinf=0.0).item(),
         overlap(update.u, whole.u[:, top]),
         overlap(update.v.T, whole.v[top].T),
         overlap(update.u, whole.u[:, bottom]),
         overlap(update.v.T, whole.v[bottom].T),
-        *chances,
+        left,
+        right,
         intruders(weight.double() + update.split().dense().to(weight.device), whole, name),
     )
 
