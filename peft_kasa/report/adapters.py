@@ -15,7 +15,7 @@ from ..adapter.supported import unsupported
 from ..calibration.targets import inner
 from ..methods.method import require
 from ..peft_type import NAME
-from .adapter_file import AdapterFile, read_files
+from .adapter_file import ROOT, AdapterFile, read_files
 from .base_layers import weight_of
 from .family_file import FamilyFile
 from .lora_file import LoraFile
@@ -211,7 +211,9 @@ def _module(
     one: AdapterFile, other: AdapterFile | None, name: str, place: Place, base: nn.Module | None
 ) -> ModuleUpdate:
     update = one.update(name, _layer(base, name))
-    trained = sum(value.numel() for key, value in one.tensors.items() if f".{name}." in key and one.learns(key))
+    trained = sum(
+        value.numel() for key, value in one.tensors.items() if key.startswith(f"{ROOT}{name}.") and one.learns(key)
+    )
     found = ModuleUpdate(name, place, one.rank(name), trained)
     if update is None:
         return found
