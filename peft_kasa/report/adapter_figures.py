@@ -41,8 +41,8 @@ OVERLAP = (
     "mean squared cosines, over columns and rows. 1: inside it. Updates that know nothing of W have r / m."
 )
 INTRUDER = (
-    "How many of the {count} largest singular vectors of each W + update are unlike all of W's: their largest cosine is "
-    "below a limit. Many at 0.5 mean that training has put new, strong directions in (Shuttleworth et al. 2024)."
+    "How many of the {count} largest singular vectors of each W + update are unlike all of W's: their largest cosine "
+    "is below a limit. Many at 0.5 mean that training has put new, strong directions in (Shuttleworth et al. 2024)."
 )
 AGAINST = "The cosine between the two adapters' updates of each module: 1, the same direction; 0, nothing in common."
 

@@ -24,7 +24,7 @@ class Figure(NamedTuple):
 
     title: str
     reading: str
-    panels: list[tuple[str, alt.Chart | alt.LayerChart]]
+    panels: Sequence[tuple[str, alt.Chart | alt.LayerChart]]
 
 
 class Column(NamedTuple):
@@ -35,6 +35,7 @@ class Column(NamedTuple):
     format: str = ".3~g"
 
 
+LEGEND = alt.Legend(orient="bottom", columns=4, labelLimit=90, symbolType="circle", symbolOpacity=1)
 MODULE = alt.Tooltip("module:N", title="module")
 INDEX = alt.Tooltip("i:Q", title="index", format="d")
 
@@ -71,10 +72,10 @@ def by_layer(rows: Rows, value: Column, more: Sequence[Column] = (), log: bool =
     """A line over the layers for each kind. A click on the legend brings one out."""
     known = [row for row in rows if row[value.field] is not None and (row[value.field] > 0 or not log)]
     fields = ["module", "kind", "depth", value.field, *(column.field for column in more)]
-    picked = alt.selection_point(fields=["kind"], bind="legend")
+    picked = _picked(value)
     scale = alt.Scale(type="log" if log else "linear", nice=True)
     base = alt.Chart(_values(known, fields)).encode(
-        x=alt.X("depth:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
+        x=alt.X("depth:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False)),
         y=alt.Y(f"{value.field}:Q", title=None, scale=scale, axis=alt.Axis(format=value.format)),
         color=_kinds(rows),
         opacity=alt.condition(picked, alt.value(1), alt.value(0.12)),
@@ -88,8 +89,10 @@ def by_layer(rows: Rows, value: Column, more: Sequence[Column] = (), log: bool =
 
 def bands(rows: Rows, x: Column, y: Column, low: str, high: str) -> alt.LayerChart:
     """A line for each kind with the range of its modules around it, over powers of two."""
-    picked = alt.selection_point(fields=["kind"], bind="legend")
-    across = alt.X(f"{x.field}:Q", title=x.title, scale=alt.Scale(type="log", base=2), axis=alt.Axis(format="d"))
+    picked = _picked(y)
+    across = alt.X(
+        f"{x.field}:Q", title=x.title, scale=alt.Scale(type="log", base=2, nice=False), axis=alt.Axis(format="d")
+    )
     base = alt.Chart(_values(rows, ["kind", x.field, y.field, low, high])).encode(x=across, color=_kinds(rows))
     shown = alt.condition(picked, alt.value(1), alt.value(0.1))
     upright = alt.Y(f"{y.field}:Q", title=None, axis=alt.Axis(format=y.format))
@@ -117,14 +120,20 @@ def spectra(rows: Rows, depths: tuple[int, int], mark: tuple[float, float] | Non
         depths: the first and the last layer: the ends of the colours.
         mark: where to shade, from index to index.
     """
+    names = list(dict.fromkeys(row["module"] for row in rows))
+    places = [{"n": names.index(row["module"]), **row} for row in rows if row["i"] == 1]
     scale = alt.Scale(range=DEPTHS, domain=list(depths), interpolate="lab")
-    base = alt.Chart(_values(rows, ["module", "depth", "i", "s"])).encode(
+    base = alt.Chart(_values([{"n": names.index(row["module"]), **row} for row in rows], ["n", "i", "s"]))
+    base = base.transform_lookup(
+        "n", alt.LookupData(_values(places, ["n", "module", "depth"]), "n", ["module", "depth"])
+    )
+    base = base.encode(
         x=alt.X("i:Q", title=None, axis=alt.Axis(format="d", tickCount=4), scale=alt.Scale(nice=False, zero=False)),
-        y=alt.Y("s:Q", title=None, scale=alt.Scale(type="log"), axis=alt.Axis(format=".1~g", tickCount=4)),
+        y=alt.Y("s:Q", title=None, scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=4)),
         color=alt.Color("depth:Q", scale=scale, legend=None),
     )
-    lines = base.mark_line(strokeWidth=0.9, opacity=0.8).encode(detail="module:N")
-    points = base.mark_point(filled=True, size=10, opacity=0.75).encode(
+    lines = base.mark_line(strokeWidth=0.9, opacity=0.8).encode(detail="n:N")
+    points = base.mark_point(filled=True, size=50, opacity=0).encode(  # what hovering finds
         tooltip=[MODULE, INDEX, alt.Tooltip("s:Q", title="singular value", format=".4~g")]
     )
     layers = [lines, points] if mark is None else [_shade(mark), lines, points]
@@ -160,7 +169,12 @@ def _shade(mark: tuple[float, float]) -> alt.Chart:
 def _kinds(rows: Rows) -> alt.Color:
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     scale = alt.Scale(domain=kinds, range=[KINDS[index % len(KINDS)] for index in range(len(kinds))])
-    return alt.Color("kind:N", title=None, scale=scale, legend=alt.Legend(orient="bottom", columns=4, labelLimit=90))
+    return alt.Color("kind:N", title=None, scale=scale, legend=LEGEND)
+
+
+def _picked(value: Column) -> alt.Parameter:
+    """The kind that a click on the legend brings out."""
+    return alt.selection_point(name=f"picked_{value.field}", fields=["kind"], bind="legend")
 
 
 def _values(rows: Rows, fields: Sequence[str]) -> alt.Data:

@@ -31,7 +31,7 @@ PAGE = Template("""<!doctype html>
 <body>
 <main>
 <h1>$title</h1>
-<pre class="summary">$summary</pre>
+<ul class="summary">$summary</ul>
 $sections
 <section>
 <h2>All modules</h2>
@@ -60,7 +60,7 @@ def page(report: Report) -> str:
     return PAGE.substitute(
         title=escape(_title(report)),
         css=CSS,
-        summary=escape(report.summary()),
+        summary=_summary(report.summary()),
         sections="\n".join(_section(figure, f"figure{number}") for number, figure in enumerate(drawn)),
         table=_table(report.rows()),
         library=_library() if drawn else "",
@@ -75,10 +75,15 @@ def _title(report: Report) -> str:
     return f"Adapter {name} ({report.facts['method']})"
 
 
+def _summary(text: str) -> str:
+    within = ' class="within"'
+    return "".join(f"<li{within if line[:1] == ' ' else ''}>{escape(line.strip())}</li>" for line in text.splitlines())
+
+
 @functools.cache
 def _library() -> str:
     """Vega, Vega-Lite and vega-embed: 0.9 MB of JavaScript, which come with vl-convert."""
-    return _inline(vl_convert.javascript_bundle())
+    return _inline(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub asks for more
 
 
 def _inline(text: str) -> str:
@@ -119,7 +124,10 @@ def _words(column: str) -> str:
 
 
 def _cell(value: Any) -> str:
+    """Numbers are sorted by `data-value`, given where it is not what is shown."""
     if isinstance(value, str):
         return f'<th scope="row">{escape(value)}</th>'
-    shown = "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
-    return f'<td data-value="{"" if value is None else value}">{shown}</td>'
+    if value is None:
+        return '<td data-value="">–</td>'
+    shown = f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+    return f'<td data-value="{value}">{shown}</td>' if "," in shown else f"<td>{shown}</td>"

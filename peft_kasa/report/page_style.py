@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Vega writes colours as attributes, which style sheets overrule: text and grids follow the theme, without another chart.
+# Vega writes colours as attributes, which style sheets overrule: so text and grids follow the theme.
 CSS = """
 :root { --page: #ffffff; --ink: #1c2126; --soft: #58626c; --line: #d8dde2; --fill: #f4f6f8; --link: #1f63b8; }
 @media (prefers-color-scheme: dark) {
@@ -16,8 +16,9 @@ main { max-width: 1080px; margin: 0 auto; padding: 16px; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 8px 0 12px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 36px 0 4px; }
 p { margin: 0 0 12px; color: var(--soft); max-width: 72ch; }
-.summary { background: var(--fill); border-radius: 8px; padding: 12px; margin: 0; font-size: 0.85rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+.summary { background: var(--fill); border-radius: 8px; padding: 12px; margin: 0; list-style: none; }
+.summary li { font-size: 0.9rem; padding-left: 1em; text-indent: -1em; overflow-wrap: anywhere; }
+.summary .within { margin-left: 1em; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(165px, 100%), 1fr)); gap: 14px 10px; }
 .panels.wide { grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
 @media (min-width: 800px) { .panels { grid-template-columns: repeat(auto-fill, minmax(235px, 1fr)); } }
@@ -29,8 +30,8 @@ figcaption { font-size: 0.8rem; color: var(--soft); overflow-wrap: anywhere; }
 .chart .role-axis-label text, .chart .role-axis-title text, .chart .role-legend-label text { fill: var(--soft); }
 .chart .role-axis-grid line { stroke: var(--line); }
 .chart .role-axis-tick line, .chart .role-axis-domain line { stroke: var(--soft); }
-#vg-tooltip-element { background: var(--fill) !important; color: var(--ink) !important; border-color: var(--line) !important;
-  max-width: 90vw; overflow-wrap: anywhere; }
+#vg-tooltip-element { background: var(--fill) !important; color: var(--ink) !important;
+  border-color: var(--line) !important;  max-width: 90vw; overflow-wrap: anywhere; }
 #vg-tooltip-element table tr td.key { color: var(--soft) !important; }
 .scroll { overflow-x: auto; max-height: 75vh; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }

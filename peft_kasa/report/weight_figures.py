@@ -18,7 +18,7 @@ def figures(report: SpectrumReport) -> list[Figure]:
         row["share"] = row["effective_rank"] / min(row["rows"], row["columns"])
     effective, stable = Column("effective_rank", "effective rank", ".0f"), Column("stable_rank", "stable rank", ".3~g")
     cut, value = (
-        Column(f"cut_energy_r{rank}", "share of energy", ".2~%"),
+        Column(f"cut_energy_r{rank}", "share of energy", ".2~p"),
         Column(f"cut_value_r{rank}", "value at the cut"),
     )
     budget, ninety = Column(f"budget_r{rank}", "rank", "d"), Column("rank_90", "rank that holds 90 %", "d")
@@ -32,19 +32,19 @@ def figures(report: SpectrumReport) -> list[Figure]:
     ]
 
 
-RANK, HELD = Column("rank", "rank", "d"), Column("held", "energy", ".1%")
+RANK, HELD = Column("rank", "rank", "d"), Column("held", "energy", ".3~p")
 SPECTRA = (
     "Every singular value of each weight, by index, on a scale of powers of ten; a line is a layer, from the first "
     "(blue) to the last (orange). The red band is what KaSA takes out at r = {rank}. A line that falls steeply into it "
     "loses little; one that is still high there loses something that the model uses."
 )
 ENERGY = (
-    "The share of the squared Frobenius norm that the largest triples hold, by their number: the mean of each kind, and "
-    "the range of its layers. A line that rises early belongs to weights that a low rank describes well."
+    "The share of the squared Frobenius norm that the largest triples hold, by their number: the mean of each kind, "
+    "and the range of its layers. A line that rises early belongs to weights that a low rank describes well."
 )
 CUT = (
-    "The share of the squared norm in the {rank} smallest triples, which KaSA takes out before training, layer by layer, "
-    "on a scale of powers of ten. Kinds far above the others are those to spare: see reference_truncation."
+    "The share of the squared norm in the {rank} smallest triples, which KaSA takes out before training, by layer, on "
+    "a scale of powers of ten. Kinds far above the others are those to spare: see reference_truncation."
 )
 EFFECTIVE = (
     "The effective rank (Roy & Vetterli 2007) as a share of the largest that the shape allows. Light cells have flat "
