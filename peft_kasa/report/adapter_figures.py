@@ -60,8 +60,8 @@ def _sizes(rows: list[dict[str, Any]], with_base: bool) -> Figure:
 
 def _beside(rows: list[dict[str, Any]]) -> list[Figure]:
     panels = [
-        ("with W's top", heat(rows, TOP, SIDES, ends=[0, 1])),
-        ("with W's bottom", heat(rows, BOTTOM, SIDES, ends=[0, 1])),
+        ("with W's top", heat(rows, TOP, SIDES, "sqrt", [0, 1])),
+        ("with W's bottom", heat(rows, BOTTOM, SIDES, "sqrt", [0, 1])),
     ]
     counts: dict[tuple[str, float], int] = {}
     for row in rows:

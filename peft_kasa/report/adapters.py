@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,7 @@ class AdapterReport(Report):
     Attributes:
         facts: path, method, base_model, target_modules, ranks, modules, and how many numbers are `trained` and `stored`
             in how many `bytes` and which `dtypes`; of the adapter as a whole.
-        modules: in the file's order of the model.
+        modules: in the model's order if a base was given, else by name.
         with_base: whether a base was given.
         against: the facts of the adapter that it is compared with, if any.
         only: the modules that one of the two has alone.
@@ -186,7 +187,7 @@ def inspect(
         ('kasa', 30, 2)
     """
     one, other = _opened(adapter_path), None if against is None else _opened(against)
-    names = list(one.slots)
+    names = _ordered(one.slots, base)
     where = places(names)
     modules = [
         _module(one, other, name, where[name], base)
@@ -196,6 +197,13 @@ def inspect(
     ]
     only = sorted(one.slots.keys() ^ other.slots.keys()) if other else []
     return AdapterReport(one.facts, modules, base is not None, other.facts if other else None, only)
+
+
+def _ordered(names: Iterable[str], base: nn.Module | None) -> list[str]:
+    """In the model's order where it is known (files hold names by letters), else with numbers in theirs."""
+    known = {name: index for index, (name, _) in enumerate(inner(base).named_modules())} if base is not None else {}
+    parts = {name: [(not part.isdigit(), part.zfill(9)) for part in name.split(".")] for name in names}
+    return sorted(parts, key=lambda name: (known.get(name, len(known)), parts[name]))
 
 
 def _opened(path: str | os.PathLike[str]) -> AdapterFile:

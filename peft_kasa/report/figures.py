@@ -40,19 +40,19 @@ MODULE = alt.Tooltip("module:N", title="module")
 INDEX = alt.Tooltip("i:Q", title="index", format="d")
 
 
-def heat(rows: Rows, value: Column, more: Sequence[Column] = (), log: bool = False, ends: Any = None) -> alt.Chart:
+def heat(rows: Rows, value: Column, more: Sequence[Column] = (), kind: str = "linear", ends: Any = None) -> alt.Chart:
     """A cell for each module, layers across and kinds down, coloured by a value; modules of one cell are averaged.
 
     Args:
         rows: of the report; those without the value are left white.
         value: what the colour shows.
         more: further values that hovering shows.
-        log: whether the colours run over powers of ten.
+        kind: of the scale: "linear", or "sqrt", which shows small differences near 0.
         ends: the least and the largest of the scale. None: those of the values.
     """
-    known = [row for row in rows if row[value.field] is not None and (row[value.field] > 0 or not log)]
+    known = [row for row in rows if row[value.field] is not None]
     fields = ["module", "kind", "depth", value.field, *(column.field for column in more)]
-    scale = alt.Scale(scheme=AMOUNTS, type="log" if log else "linear", **({"domain": ends} if ends else {}))
+    scale = alt.Scale(scheme=AMOUNTS, type=kind, **({"domain": ends} if ends else {}))
     bar = alt.Legend(orient="bottom", direction="horizontal", gradientLength=220, gradientThickness=10, titleLimit=300)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     return (
