@@ -23,6 +23,8 @@ STYLE: dict[str, Any] = {
         "titleFontWeight": "normal",
         "gridOpacity": 0.6,
         "domain": False,
+        "tickSize": 0,
+        "labelPadding": 5,
     },
     "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "symbolStrokeWidth": 2},
     "header": {"labelFontSize": 11},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ def heat(rows: Rows, value: Column, more: Sequence[Column] = (), kind: str = "li
     known = [row for row in rows if row[value.field] is not None]
     fields = ["module", "kind", "depth", value.field, *(column.field for column in more)]
     scale = alt.Scale(scheme=AMOUNTS, type=kind, **({"domain": ends} if ends else {}))
-    bar = alt.Legend(orient="bottom", direction="horizontal", gradientLength=220, gradientThickness=10, titleLimit=300)
+    bar = alt.Legend(orient="bottom", direction="horizontal", gradientLength=170, gradientThickness=10, titleLimit=300)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     return (
         alt.Chart(_values(known, fields))
@@ -73,10 +74,11 @@ def by_layer(rows: Rows, value: Column, more: Sequence[Column] = (), log: bool =
     known = [row for row in rows if row[value.field] is not None and (row[value.field] > 0 or not log)]
     fields = ["module", "kind", "depth", value.field, *(column.field for column in more)]
     picked = _picked(value)
-    scale = alt.Scale(type="log" if log else "linear", nice=True)
+    scale = alt.Scale(type="log" if log else "linear", nice=not log)
+    ticks = {"values": decades([row[value.field] for row in known])} if log else {}
     base = alt.Chart(_values(known, fields)).encode(
         x=alt.X("depth:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False)),
-        y=alt.Y(f"{value.field}:Q", title=None, scale=scale, axis=alt.Axis(format=value.format)),
+        y=alt.Y(f"{value.field}:Q", title=None, scale=scale, axis=alt.Axis(format=value.format, **ticks)),
         color=_kinds(rows),
         opacity=alt.condition(picked, alt.value(1), alt.value(0.12)),
     )
@@ -122,6 +124,7 @@ def spectra(rows: Rows, depths: tuple[int, int], mark: tuple[float, float] | Non
     """
     names = list(dict.fromkeys(row["module"] for row in rows))
     places = [{"n": names.index(row["module"]), **row} for row in rows if row["i"] == 1]
+    tens = decades([row["s"] for row in rows])
     scale = alt.Scale(range=DEPTHS, domain=list(depths), interpolate="lab")
     base = alt.Chart(_values([{"n": names.index(row["module"]), **row} for row in rows], ["n", "i", "s"]))
     base = base.transform_lookup(
@@ -129,7 +132,7 @@ def spectra(rows: Rows, depths: tuple[int, int], mark: tuple[float, float] | Non
     )
     base = base.encode(
         x=alt.X("i:Q", title=None, axis=alt.Axis(format="d", tickCount=4), scale=alt.Scale(nice=False, zero=False)),
-        y=alt.Y("s:Q", title=None, scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=4)),
+        y=alt.Y("s:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g", values=tens)),
         color=alt.Color("depth:Q", scale=scale, legend=None),
     )
     lines = base.mark_line(strokeWidth=0.9, opacity=0.8).encode(detail="n:N")
@@ -159,6 +162,14 @@ def thinned(size: int, rank: int) -> list[int]:
     """Which of so many indices are drawn: densely at both ends, and on both sides of a cut of this rank at either."""
     steps = {int(1.35**power) for power in range(40)} | {0, rank - 1, rank}
     return sorted({index for step in steps for index in (step, size - 1 - step) if 0 <= index < size})
+
+
+def decades(values: Sequence[float]) -> list[float]:
+    """The powers of ten within the range of positive values, and one below and above it; at most six of them."""
+    if not values:
+        return []
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return [float(f"1e{power}") for power in range(low, high + 1, 1 + (high - low) // 6)]
 
 
 def _shade(mark: tuple[float, float]) -> alt.Chart:

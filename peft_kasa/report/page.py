@@ -93,7 +93,7 @@ def _inline(text: str) -> str:
 
 def _section(figure: Figure, name: str) -> str:
     panels = "\n".join(_panel(label, chart, f"{name}-{i}", figure) for i, (label, chart) in enumerate(figure.panels))
-    kind = "panels" if len(figure.panels) > 1 else "single"
+    kind = {1: "single", 2: "panels wide"}.get(len(figure.panels), "panels")
     return (
         f'<section>\n<h2>{escape(figure.title)}</h2>\n<p>{escape(figure.reading)}</p>\n<div class="{kind}">\n{panels}\n'
         "</div>\n</section>"

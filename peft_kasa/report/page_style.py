@@ -20,8 +20,8 @@ p { margin: 0 0 12px; color: var(--soft); max-width: 72ch; }
 .summary li { font-size: 0.9rem; padding-left: 1em; text-indent: -1em; overflow-wrap: anywhere; }
 .summary .within { margin-left: 1em; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(165px, 100%), 1fr)); gap: 14px 10px; }
-.panels.wide { grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
 @media (min-width: 800px) { .panels { grid-template-columns: repeat(auto-fill, minmax(235px, 1fr)); } }
+.panels.wide { grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: 0.8rem; color: var(--soft); overflow-wrap: anywhere; }
 .chart { width: 100%; }
