@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -241,7 +242,9 @@ def _layer(base: nn.Module | None, name: str) -> SpectralLinear | None:
     """A fresh layer around the base's module, which stays as it is."""
     if base is None:
         return None
-    found = dict(inner(base).named_modules()).get(name)
+    found = None
+    with suppress(AttributeError):
+        found = inner(base).get_submodule(name)
     require(found is not None, f"{name}: the base does not fit the adapter. It has no such module", type(base).__name__)
     if isinstance(found, SpectralLinear):
         require(not found.merged, f"{name}: the base has to be unmerged. Call unmerge_adapter", found.merged_adapters)

@@ -54,7 +54,15 @@ def heat(rows: Rows, value: Column, more: Sequence[Column] = (), kind: str = "li
     known = [row for row in rows if row[value.field] is not None]
     fields = ["module", "kind", "depth", value.field, *(column.field for column in more)]
     scale = alt.Scale(scheme=AMOUNTS, type=kind, **({"domain": ends} if ends else {}))
-    bar = alt.Legend(orient="bottom", direction="horizontal", gradientLength=170, gradientThickness=10, titleLimit=300)
+    bar = alt.Legend(
+        orient="bottom",
+        direction="horizontal",
+        gradientLength=170,
+        gradientThickness=10,
+        titleLimit=300,
+        format=value.format,
+        tickCount=4,
+    )
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     return (
         alt.Chart(_values(known, fields))
