@@ -11,8 +11,8 @@ from ..spectral.weights import scaled
 def singular_values(weight: Tensor) -> Tensor:
     """All singular values (min(m, n),) of a weight (m, n), descending, in float64.
 
-    They are the roots of the eigenvalues of the smaller Gram matrix, made and solved in float64: each is right to 1e-8
-    of the largest, less than a sixth of what float32 rounds off a weight, and those above a thousandth of it to 1e-10
+    They are the roots of the eigenvalues of the smaller Gram matrix, made and solved in float64: each is right to 2e-8
+    of the largest, a third of what float32 rounds off a weight, and those above a thousandth of it to 1e-10
     of themselves.
 
     Raises:
