@@ -1,0 +1,64 @@
+"""From the command line to a command, and from its errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import exits
+from .output import Output, results_only
+from .parser import parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `peft-kasa` with these arguments, or the process's own, and returns the exit code.
+
+    Example:
+        >>> from peft_kasa_cli import main
+        >>> main(["--version"])  # doctest: +SKIP
+    """
+    debug = False
+    try:
+        args = parse(sys.argv[1:] if arguments is None else arguments)
+        debug = args.debug
+        with results_only() as stream:
+            command = import_module(f"peft_kasa.cli.{args.command}")
+            return command.run(args, Output(stream, args.json)) or exits.OK
+    except SystemExit as end:  # argparse, after its own message
+        return end.code if isinstance(end.code, int) else exits.USAGE
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        code, line = told(error)
+        if line:
+            print(f"peft-kasa: {line}", file=sys.stderr)
+        return code
+
+
+def told(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line for an error.
+
+    Example:
+        >>> from peft_kasa_cli.main import told
+        >>> told(ValueError("r has to be at least 1.\\n  Found 0."))
+        (1, 'r has to be at least 1. Found 0.')
+    """
+    line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return exits.INTERRUPTED, "interrupted; nothing is left half-written"
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return exits.OK, ""
+    if isinstance(error, ImportError):
+        return exits.ENVIRONMENT, f"{line}. {_remedy(error)}"
+    if isinstance(error, ValueError | TypeError | OSError):
+        return exits.INPUT, line
+    return exits.BUG, f"{type(error).__name__}: {line}. This was not foreseen: run it again with --debug and report it."
+
+
+def _remedy(error: ImportError) -> str:
+    package = (error.name or "").partition(".")[0]
+    return f"Install it: pip install {package}" if package else "`peft-kasa doctor` shows what is missing."
