@@ -53,12 +53,8 @@ def told(error: BaseException) -> tuple[int, str]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return exits.OK, ""
     if isinstance(error, ImportError):
-        return exits.ENVIRONMENT, f"{line}. {_remedy(error)}"
+        package = (error.name or "").partition(".")[0]
+        return exits.ENVIRONMENT, f"{line}. Install it: pip install {package}" if package else line
     if isinstance(error, ValueError | TypeError | OSError):
         return exits.INPUT, line
     return exits.BUG, f"{type(error).__name__}: {line}. This was not foreseen: run it again with --debug and report it."
-
-
-def _remedy(error: ImportError) -> str:
-    package = (error.name or "").partition(".")[0]
-    return f"Install it: pip install {package}" if package else "`peft-kasa doctor` shows what is missing."
