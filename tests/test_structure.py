@@ -34,6 +34,7 @@ ORDER = [
     "sharing",
     "calibration",
     "training",
+    "report",
     "register",
     "__init__",
 ]  # each may import those before it

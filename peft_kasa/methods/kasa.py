@@ -57,7 +57,7 @@ class KaSAConfig(SpectralConfig):
     def start(self, site: Site) -> Start:
         m, n = site.weight.shape
         trained = LowRank(site.zeros(m, site.rank), site.normal(site.rank), site.kaiming_uniform(site.rank, n))
-        count = self._leaving(m, n, site.rank)
+        count = self.leaving(m, n, site.rank)
         cut = site.svd(count, "bottom").split() if count else None
         return Start(trained, ("left", "core", "right"), cut)
 
@@ -68,7 +68,8 @@ class KaSAConfig(SpectralConfig):
         right = from_orthonormal(trained.right @ trained.right.T, n - r if full else 0)
         return self.beta * trained.core.square().sum() + self.gamma * (left + right)
 
-    def _leaving(self, m: int, n: int, rank: int) -> int:
+    def leaving(self, m: int, n: int, rank: int) -> int:
+        """t: how many triples leave a weight (m, n) of this rank."""
         count = rank if self.truncation is None else self.truncation
         if self.reference_truncation:
             count = max(min(m, n) - max(n - count, 0), 0)
