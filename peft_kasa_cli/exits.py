@@ -7,5 +7,5 @@ ENVIRONMENT = 3  # a package is missing, or something here does not work
 BUG = 4  # none of these was foreseen
 INTERRUPTED = 130  # Ctrl-C
 
-HELP = """exit codes: 0 done; 1 an input cannot be used; 2 the command line is wrong; 3 a package is missing or something
-here does not work; 4 an error nobody foresaw; 130 Ctrl-C, and nothing is left half-written"""
+HELP = """exit codes: 0 done; 1 an input cannot be used; 2 the command line is wrong; 3 a package is missing or
+something here does not work; 4 an error nobody foresaw; 130 Ctrl-C"""

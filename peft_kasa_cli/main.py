@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from . import exits
 from .output import Output, results_only
@@ -24,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if arguments is None else arguments)
         debug = args.debug
-        with results_only() as stream:
+        with results_only() as stream, _plain_warnings(debug):
             command = import_module(f"peft_kasa.cli.{args.command}")
             return command.run(args, Output(stream, args.json)) or exits.OK
     except SystemExit as end:  # argparse, after its own message
@@ -48,13 +52,30 @@ def told(error: BaseException) -> tuple[int, str]:
     """
     line = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
-        return exits.INTERRUPTED, "interrupted; nothing is left half-written"
+        return exits.INTERRUPTED, "interrupted"
     if isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return exits.OK, ""
-    if isinstance(error, ImportError):
-        package = (error.name or "").partition(".")[0]
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ImportError) and package != "peft_kasa":
         return exits.ENVIRONMENT, f"{line}. Install it: pip install {package}" if package else line
     if isinstance(error, ValueError | TypeError | OSError):
         return exits.INPUT, line
     return exits.BUG, f"{type(error).__name__}: {line}. This was not foreseen: run it again with --debug and report it."
+
+
+@contextmanager
+def _plain_warnings(debug: bool) -> Iterator[None]:
+    """Warnings in a line each, without where they come from. Those that are for developers are left out."""
+    level = logging.NOTSET if debug else logging.ERROR
+    logging.getLogger("bitsandbytes").setLevel(level)  # it tells of each optional kernel that is missing
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.showwarning = _show
+        yield
+
+
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"peft-kasa: warning: {' '.join(str(message).split())}", file=sys.stderr)

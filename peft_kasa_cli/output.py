@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from types import NoneType
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -39,9 +40,10 @@ class Output:
                 self._shown.print(part, soft_wrap=isinstance(part, str))
         self.stream.flush()
 
-    def busy(self, text: str) -> AbstractContextManager[Any]:
-        """Says on a terminal what is being done, while it is."""
-        return self._aside.status(escape(text))
+    def note(self, what: str) -> None:
+        """Says on a terminal what is being done: libraries draw their own bars below."""
+        if self._aside.is_terminal:
+            self._aside.print(f"{escape(what)} ...", style="dim", soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:
@@ -49,15 +51,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
     rows = [list(row) for row in rows]
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=any(columns), header_style="bold")
     for place, name in enumerate(columns):
-        numbers = rows and all(type(row[place]) in (int, float) for row in rows)
-        made.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        numbers = rows and all(type(row[place]) in (int, float, NoneType) for row in rows)
+        made.add_column(name, justify="right" if numbers else "left", overflow="fold", no_wrap=place == 0)
     for row in rows:
         made.add_row(*(escape(text(cell)) for cell in row))
     return made
 
 
 def text(value: Any) -> str:
-    """A cell: numbers short, truths as words."""
+    """A cell: numbers short, truths as words, nothing as a dash."""
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -42,7 +42,7 @@ def build() -> argparse.ArgumentParser:
 Add = Callable[[str, str], argparse.ArgumentParser]
 
 
-def _adder(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Add:
+def _adder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Add:
     """Adds a command that has the options of all."""
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
@@ -64,8 +64,13 @@ def _methods(add: Add) -> None:
 def _spectrum(add: Add) -> None:
     command = add("spectrum", "The singular spectra of a model's linear layers, and the ranks that they suggest.")
     command.add_argument("model", help=MODEL)
-    command.add_argument("--r", type=int, default=8, help="the rank whose share and cut are shown (default: 8)")
-    command.add_argument("--modules", nargs="+", metavar="NAME", help="only these: names, or ends of names")
+    command.add_argument(
+        "--ranks", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="at which energy and KaSA's cut are given"
+    )
+    command.add_argument(
+        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear"
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are stored)")
     _pages(command)
 
 
@@ -86,17 +91,23 @@ def _export(add: Add) -> None:
     command = add("export", "Write an adapter as a plain LoRA, exactly, for PEFT alone, vLLM, SGLang or llama.cpp.")
     _adapter(command)
     command.add_argument("--rank", type=int, help="cut every module to this rank; the error is reported")
-    command.add_argument("--per-module", action="store_true", help="each module its own rank: PEFT reads that, servers do not")
+    command.add_argument(
+        "--per-module", action="store_true", help="each module its own rank: PEFT reads that, servers do not"
+    )
 
 
 def _merge(add: Add) -> None:
     command = add("merge", "Write the base model with an adapter's update in its weights, and the tokenizer.")
     _adapter(command)
-    command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as the base has them)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights (default: as the base has them)"
+    )
 
 
 def _convert(add: Add) -> None:
-    command = add("convert", "Write a LoRA, or PEFT's PiSSA or OLoRA, as an adapter of this package, where that is exact.")
+    command = add(
+        "convert", "Write a LoRA, or PEFT's PiSSA or OLoRA, as an adapter of this package, where that is exact."
+    )
     _adapter(command)
     command.add_argument(
         "--initial", metavar="ADAPTER", help="the adapter as it was saved before training: for starts with random parts"
@@ -112,15 +123,25 @@ def _adapter(command: argparse.ArgumentParser) -> None:
 
 
 def _decompose(add: Add) -> None:
-    command = add("decompose", "Compute a method's decompositions of a model ahead, into the cache. Run again, it goes on.")
+    command = add(
+        "decompose", "Compute a method's decompositions of a model ahead, into the cache. Run again, it goes on."
+    )
     command.add_argument("model", help=MODEL)
     command.add_argument("--method", required=True, help="see `peft-kasa methods`")
     command.add_argument("--r", type=int, help="the rank (default: the method's own)")
-    command.add_argument("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear")
     command.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of the method's config, such as truncation=4"
+        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear"
     )
-    command.add_argument("--cache", metavar="FOLDER", help="default: $PEFT_KASA_CACHE, or ~/.cache/peft_kasa/decompositions")
+    command.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further arguments of the method's config, such as truncation=4",
+    )
+    command.add_argument(
+        "--cache", metavar="FOLDER", help="default: $PEFT_KASA_CACHE, or ~/.cache/peft_kasa/decompositions"
+    )
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base, as you will train on it")
     command.add_argument("--device", help="where to compute, as you will train (default: CUDA if there is any)")
 
@@ -130,7 +151,10 @@ def _sft(add: Add) -> None:
 
 
 def _doctor(add: Add) -> None:
-    add("doctor", "What is installed, and what works here: devices, quantised bases, the plug-in. 3 if something is broken.")
+    add(
+        "doctor",
+        "What is installed, and what works here: devices, quantised bases, the plug-in. 3 if something is broken.",
+    )
 
 
 def _version() -> str:

@@ -25,7 +25,9 @@ def config_class(name: str) -> type[SpectralConfig]:
     flat = {key.replace("_", ""): key for key in known}
     found = flat.get(wanted.replace("_", "").removesuffix("config"))
     if found is None:
-        raise ValueError(f"The method has to be one of {', '.join(sorted(known))}. Found {name!r}.{_near(wanted, known)}")
+        raise ValueError(
+            f"The method has to be one of {', '.join(sorted(known))}. Found {name!r}.{_near(wanted, known)}"
+        )
     return known[found]
 
 
@@ -45,7 +47,9 @@ def build_config(method: str, given: Mapping[str, Any], words: Sequence[str] = (
     known = {field.name for field in fields(kind)} - HIDDEN
     for name in values:
         if name not in known:
-            raise ValueError(f"{kind.__name__} has no argument {name!r}.{_near(name, known)} `peft-kasa methods {kind.name}`")
+            raise ValueError(
+                f"{kind.__name__} has no argument {name!r}.{_near(name, known)} `peft-kasa methods {kind.name}`"
+            )
     file_fields.check(kind, values, kind.__name__)
     return kind(**values)
 

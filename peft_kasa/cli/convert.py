@@ -18,12 +18,12 @@ def run(args: Namespace, out: Output) -> None:
     lora = adapter_config(args.adapter)
     if args.initial is not None:
         adapter_config(args.initial)
-    with out.busy("loading the base"):
-        base = load_model(base_of(lora, args.base, args.adapter), task=lora.task_type)
-    with out.busy(f"converting {args.adapter}"):
-        model = from_lora(base, args.adapter, args.initial)
-        with whole_folder(args.out, args.overwrite) as folder:
-            model.save_pretrained(folder)
+    out.note("loading the base")
+    base = load_model(base_of(lora, args.base, args.adapter), task=lora.task_type)
+    out.note(f"converting {args.adapter}")
+    model = from_lora(base, args.adapter, args.initial)
+    with whole_folder(args.out, args.overwrite) as folder:
+        model.save_pretrained(folder)
     config = model.peft_config["default"]
     layers = list(layers_of(model, "default"))
     facts = {"path": args.out, "bytes": size(args.out), "method": config.method, "modules": len(layers), "r": config.r}

@@ -23,14 +23,14 @@ VARIABLE = "PEFT_KASA_CACHE"
 
 
 def run(args: Namespace, out: Output) -> None:
-    """Starts the method on the model with the cache on: what it holds already is read, the rest is computed and kept."""
+    """Starts the method on the model with the cache on: what it holds is read, the rest is computed and kept."""
     config = build_config(args.method, {"r": args.r, "target_modules": _targets(args.target_modules)}, args.set)
     _check(config)
     cache = located(args.cache) or located(None) or located(True)
     assert cache is not None
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with out.busy(f"loading {args.model}"):
-        model = load_model(args.model, args.dtype, device=device)
+    out.note(f"loading {args.model}")
+    model = load_model(args.model, args.dtype, device=device)
     before, began = {entry.key for entry in entries(cache.folder)}, time.monotonic()
     with _caching(cache):
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]  # shows its own progress
@@ -38,19 +38,20 @@ def run(args: Namespace, out: Output) -> None:
     new = [entry for entry in entries(cache.folder) if entry.key not in before]
     if asked and not new and not before:
         raise OSError(f"{cache.folder} could not be written. Name a folder that can be with --cache.")
+    written = sum(entry.bytes for entry in new)
     data = {
         "cache": str(cache.folder),
         "method": config.name,
         "decompositions": asked,
         "computed": len(new),
         "reused": asked - len(new),
-        "bytes": sum(entry.bytes for entry in new),
+        "bytes": written,
         "worst_error": max((entry.error for entry in new), default=0.0),
         "seconds": round(time.monotonic() - began, 3),
     }
     line = (
         f"{asked} decompositions for {config.name}: {data['computed']} computed, {data['reused']} there already, in "
-        f"{data['seconds']:.1f} s. {data['bytes'] / 1e6:.1f} MB added to {cache.folder}"
+        f"{data['seconds']:.1f} s. {written / 1e6:.1f} MB added to {cache.folder}"
     )
     out.result(data, line, f"Train with {VARIABLE}={cache.folder}, the same arguments, dtype and kind of device.")
 
@@ -62,8 +63,8 @@ def _targets(names: list[str]) -> list[str] | str:
 def _check(config: SpectralConfig) -> None:
     if config.needs:
         raise ValueError(
-            f"{config.name} starts from {config.needs} of data, so nothing can be decomposed ahead. `calibrate(path=...)` "
-            "keeps what it gathers in a file."
+            f"{config.name} starts from {config.needs} of data, so nothing can be decomposed ahead. "
+            "`calibrate(path=...)` keeps what it gathers in a file."
         )
 
 

@@ -40,13 +40,13 @@ def run(args: Namespace, out: Output) -> int:
 
 def _tried(check: Check, out: Output) -> tuple[str, str]:
     """ "ok", "absent" or "broken", and what was found."""
-    with out.busy(check.name):
-        try:
-            return "ok", check.run()
-        except ImportError as error:
-            return ("broken" if check.needed else "absent"), f"{error}"
-        except Exception as error:  # whatever a broken installation raises
-            return "broken", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    out.note(check.name)
+    try:
+        return "ok", check.run()
+    except ImportError as error:
+        return ("broken" if check.needed else "absent"), f"{error}"
+    except Exception as error:  # whatever a broken installation raises
+        return "broken", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _mark(state: Any) -> str:

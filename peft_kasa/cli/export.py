@@ -16,8 +16,8 @@ SHOWN = 5  # modules that lose most
 def run(args: Namespace, out: Output) -> None:
     """Writes the LoRA and says what it has lost, if it was cut."""
     check_free(args.out, args.overwrite, args.adapter, args.base)
-    with out.busy(f"loading {args.adapter} and its base"):
-        model = load_adapter(args.adapter, args.base)
+    out.note(f"loading {args.adapter} and its base")
+    model = load_adapter(args.adapter, args.base)
     with whole_folder(args.out, args.overwrite) as folder:
         report = export_lora(model, folder, rank=args.rank, uniform=not args.per_module)
     data = {

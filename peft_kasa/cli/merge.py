@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-import torch
-
 from peft_kasa_cli.output import Output
 
 from ..adapter.starting import all_layers
@@ -16,16 +14,16 @@ from .models import adapter_config, base_of, load_adapter, tokenizer_of
 def run(args: Namespace, out: Output) -> None:
     """Writes the merged model, and says what rounding to the weights' storage lost of the update."""
     check_free(args.out, args.overwrite, args.adapter, args.base)
-    with out.busy(f"loading {args.adapter} and its base"):
-        model = load_adapter(args.adapter, args.base, args.dtype)
-        tokenizer = tokenizer_of(base_of(adapter_config(args.adapter), args.base, args.adapter))
+    out.note(f"loading {args.adapter} and its base")
+    model = load_adapter(args.adapter, args.base, args.dtype)
+    tokenizer = tokenizer_of(base_of(adapter_config(args.adapter), args.base, args.adapter))
     layers = list(all_layers(model))
-    with out.busy(f"merging {len(layers)} modules into {args.out}"), torch.no_grad():
-        merged = model.merge_and_unload(safe_merge=True)
-        with whole_folder(args.out, args.overwrite) as folder:
-            merged.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+    out.note(f"merging {len(layers)} modules into {args.out}")
+    merged = model.merge_and_unload(safe_merge=True)
+    with whole_folder(args.out, args.overwrite) as folder:
+        merged.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     lost = max(layer.merge_rounding for layer in layers)
     data = {
         "path": args.out,
@@ -35,7 +33,5 @@ def run(args: Namespace, out: Output) -> None:
         "rounding": lost,
         "tokenizer": tokenizer is not None,
     }
-    out.result(
-        data,
-        f"{args.out}: {len(layers)} modules merged, weights in {data['dtype']}. Rounding lost up to {lost:.1e} of an update.",
-    )
+    told = f"Rounding to it lost up to {lost:.1%} of an update." if lost else "Nothing was lost to rounding."
+    out.result(data, f"{args.out}: {len(layers)} modules merged, weights in {data['dtype']}. {told}")

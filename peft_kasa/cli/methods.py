@@ -40,7 +40,8 @@ def _family(args: Namespace, out: Output) -> None:
 
 
 def _legend(model: str | None) -> str:
-    lines = "m outputs, n inputs, rank r, k = min(m, n). L, K, R: left factor, core, right factor. One method: peft-kasa methods kasa"
+    lines = "m outputs, n inputs, rank r, k = min(m, n). L, K, R: left factor, core, right factor."
+    lines += " One method: peft-kasa methods kasa"
     return lines + (f"\nin this model: numbers that learn in all linear layers of {model}" if model else "")
 
 
@@ -68,7 +69,11 @@ def _one(kind: type[SpectralConfig], args: Namespace, out: Output) -> None:
     data = facts | {"class": kind.__name__, "summary": summary, "arguments": arguments}
     shown = [(fact["name"], fact["default"], fact["what"]) for fact in arguments]
     labels = {"source": "starts from", "leaves": "leaves the base", "identity": "starts at the base model"}
-    lines = [(labels.get(key, key.replace("_", " ")), value) for key, value in facts.items() if key != "config" and value != ""]
+    lines = [
+        (labels.get(key, key.replace("_", " ")), value)
+        for key, value in facts.items()
+        if key != "config" and value != ""
+    ]
     out.result(
         data,
         f"{kind.__name__}, arXiv:{kind.paper} (https://arxiv.org/abs/{kind.paper})\n\n{summary}\n",
@@ -84,7 +89,7 @@ def _order(kind: type[SpectralConfig]) -> Any:
 
 
 def _argument(field: Field[Any], kind: type[SpectralConfig]) -> dict[str, Any]:
-    default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc, operator]
     told = next((text for known in kind.__mro__ if (text := _told(known).get(field.name))), "as in PEFT's LoraConfig")
     return {"name": field.name, "default": default, "what": told}
 

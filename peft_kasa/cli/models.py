@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as noise
@@ -102,11 +104,27 @@ def load_adapter(adapter: str, base: str | None, dtype: str = "auto") -> PeftMod
 def adapter_config(adapter: str) -> Any:
     """The config of a saved adapter, of whatever type."""
     path = Path(adapter).expanduser()
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
-        raise ValueError(f"{adapter} has no adapter_config.json. Give a folder that save_pretrained of an adapter has written.")
-    if not path.exists():
-        _check_hub_id(adapter, path)
-    return PeftConfig.from_pretrained(adapter)
+    if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{adapter} has no adapter_config.json. Give a folder that save_pretrained of an adapter has written."
+        )
+    if path.is_dir():
+        return PeftConfig.from_pretrained(adapter)
+    _check_hub_id(adapter, path)
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{adapter} is no folder here, and nothing that could be read from the Hub: {error}"
+        ) from error
+
+
+def adapter_folder(adapter: str) -> str:
+    """The folder of a saved adapter: its own, or where its files are put that come from the Hub."""
+    if Path(adapter).expanduser().is_dir():
+        return str(Path(adapter).expanduser())
+    _check_hub_id(adapter, Path(adapter))
+    return snapshot_download(adapter, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
 
 
 def base_of(config: Any, base: str | None, adapter: str) -> str:

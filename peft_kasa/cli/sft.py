@@ -20,11 +20,13 @@ PARTS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, AdapterA
 
 def run(args: Namespace, out: Output) -> None:
     """Trains, saves the adapter in output_dir, and says where it is and how the loss went."""
-    parser: Any = TrlParser(PARTS, prog="peft-kasa sft", description="TRL's options, and those of the adapter.")
+    parser: Any = TrlParser(PARTS, prog="peft-kasa sft", description="TRL's options, and the adapter's.")  # type: ignore[arg-type]
     if {"-h", "--help"} & set(args.rest):
         parser.print_help(out.stream)
         return
-    script, training, base, mixture, ours, unknown = parser.parse_args_and_config(args.rest, return_remaining_strings=True)
+    script, training, base, mixture, ours, unknown = parser.parse_args_and_config(
+        args.rest, return_remaining_strings=True
+    )
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}")
     check_no_lora(base)

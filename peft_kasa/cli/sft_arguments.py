@@ -47,7 +47,7 @@ class AdapterArguments:
 def check_no_lora(arguments: Any) -> None:
     """Raises ValueError where TRL's own options of a LoRA were given: they would be ignored."""
     for known in fields(arguments):
-        default = known.default if known.default is not MISSING else known.default_factory()  # type: ignore[misc]
+        default = known.default if known.default is not MISSING else known.default_factory()  # type: ignore[misc, operator]
         ours = known.name.startswith("lora_") or known.name in ("use_peft", "use_dora")
         if ours and getattr(arguments, known.name) != default:
             raise ValueError(

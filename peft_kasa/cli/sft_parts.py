@@ -46,12 +46,19 @@ def _named(script: ScriptArguments) -> Any:
 def begun(
     training: SFTConfig, base: ModelConfig, ours: AdapterArguments, config: SpectralConfig, train: Any
 ) -> tuple[Any, Any, Any]:
-    """What SFTTrainer is to be given: a model or its name, a tokenizer or None, and how to quantise it or None. A config
-    that starts from data has seen it then."""
+    """What SFTTrainer is to be given: a model or its name, a tokenizer or None, and how to quantise it or None.
+
+    A config that starts from data has seen it then.
+    """
     name, quantized = base.model_name_or_path or "", get_quantization_config(base)
     if not name.endswith(".gguf") and not config.needs:
-        told = {"revision": base.model_revision, "attn_implementation": base.attn_implementation, "dtype": base.dtype}
-        training.model_init_kwargs = {**told, **(training.model_init_kwargs or {})}
+        told: dict[str, Any] = {
+            "revision": base.model_revision,
+            "attn_implementation": base.attn_implementation,
+            "dtype": base.dtype,
+        }
+        given: Any = training.model_init_kwargs or {}
+        training.model_init_kwargs = told | given
         return name, None, quantized
     if quantized is not None:
         raise ValueError(

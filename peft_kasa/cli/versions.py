@@ -18,7 +18,9 @@ def versions() -> list[dict[str, Any]]:
     try:
         needed = [Requirement(text) for text in requires("peft_kasa") or []]
     except PackageNotFoundError:  # run from a copy that is not installed
-        needed = [Requirement(text) for text in ("torch>=2.6", "peft>=0.21", "transformers>=5.0", "accelerate", "safetensors")]
+        needed = [
+            Requirement(text) for text in ("torch>=2.6", "peft>=0.21", "transformers>=5.0", "accelerate", "safetensors")
+        ]
     base = [known for known in needed if known.marker is None]
     optional = [Requirement(text) for text in OPTIONAL]
     return [_python(), *(_row(known, True) for known in base), *(_row(known, False) for known in optional)]

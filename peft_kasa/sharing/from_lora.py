@@ -56,7 +56,9 @@ def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter
     """
     config, state = _read(path)
     start, known = displaces(config), None if initial is None else _read(initial)[1]
-    require(start or known is None, f"{os.fspath(path)}: initial has to be None, since this LoRA took nothing out", initial)
+    require(
+        start or known is None, f"{os.fspath(path)}: initial has to be None, since this LoRA took nothing out", initial
+    )
     if start and known is None and not recomputable(config):
         raise ValueError(
             f"{os.fspath(path)}: init_lora_weights={config.init_lora_weights!r} has taken a start out of the base that "
@@ -91,18 +93,27 @@ def _ours(lora: LoraConfig, start: bool) -> SpectralConfig:
 
 
 def _fill(
-    model: PeftModel, adapter: str, lora: LoraConfig, state: dict[str, Tensor], known: Mapping[str, Tensor] | None, start: bool
+    model: PeftModel,
+    adapter: str,
+    lora: LoraConfig,
+    state: dict[str, Tensor],
+    known: Mapping[str, Tensor] | None,
+    start: bool,
 ) -> None:
     state = dict(state)
     for path, layer in named_layers(model, adapter):
         pair = _pair(state, path, layer.name)
-        begun = (_pair(dict(known), path, layer.name) if known else _peft_start(layer, adapter, lora)) if start else None
+        begun = (
+            (_pair(dict(known), path, layer.name) if known else _peft_start(layer, adapter, lora)) if start else None
+        )
         for slot, value in _slots(pair, begun).items():
             kind = "learnt" if slot in layer.learnt(adapter) else "frozen"
             state[f"{path}.{PREFIX}{kind}.{slot}"] = value
         state[f"{path}.{PREFIX}frozen.{FINGERPRINT}"] = sketch(layer.base.matrix(as_repacked=True))
     if left := sorted(key for key in state if ".lora_" in key):
-        raise ValueError(f"{left[0]}: nothing takes this tensor ({len(left)} in all). Give the base the LoRA was made on.")
+        raise ValueError(
+            f"{left[0]}: nothing takes this tensor ({len(left)} in all). Give the base the LoRA was made on."
+        )
     set_peft_model_state_dict(model, state, adapter_name=adapter)
 
 
@@ -111,7 +122,9 @@ def _pair(state: dict[str, Tensor], path: str, name: str) -> Pair:
     try:
         down, up = (state.pop(f"{path}.lora_{side}.weight").float() for side in "AB")
     except KeyError as missing:
-        raise ValueError(f"{name}: the LoRA's file lacks {missing.args[0]}. Restore the file from its source.") from None
+        raise ValueError(
+            f"{name}: the LoRA's file lacks {missing.args[0]}. Restore the file from its source."
+        ) from None
     return up, down
 
 

@@ -30,7 +30,15 @@ CARRIED = {  # LoraConfig's fields to ours
 # Fields that say nothing of a trained update: how it was started, or how it is stored in the base's layout.
 HARMLESS = {
     *("peft_type", "auto_mapping", "peft_version", "inference_mode", "init_lora_weights", "fan_in_fan_out"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    *(
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+    ),
 }
 UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
 COMPUTED = ("pissa", "olora")  # starts that leave it, and come out the same each time
@@ -42,12 +50,13 @@ def check(config: LoraConfig, state: Mapping[str, Tensor], path: str) -> None:
         value, default = getattr(config, field.name), _default(field)
         if field.name not in {*CARRIED, *HARMLESS} and value != default and value not in (None, [], {}):
             raise ValueError(
-                f"{path}: {field.name} has to be {default!r}: with it the update is not B A on linear layers alone, and "
-                f"no adapter of this package is the same. Found {value!r:.80}. Merge it in PEFT (merge_and_unload)."
+                f"{path}: {field.name} has to be {default!r}: with it the update is not B A on linear layers alone, "
+                f"and no adapter of this package is the same. Found {value!r:.80}. Merge it in PEFT (merge_and_unload)."
             )
     if config.init_lora_weights == "loftq":
         raise ValueError(
-            f"{path}: init_lora_weights='loftq' belongs to a base quantised with it, not to the original one. Load it in PEFT."
+            f"{path}: init_lora_weights='loftq' belongs to a base that was quantised with it, not to the original one. "
+            "Load it in PEFT."
         )
     for key, value in state.items():
         part = next((part for part in key.split(".") if part.startswith("lora_")), "lora_A")
