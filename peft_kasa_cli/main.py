@@ -59,6 +59,8 @@ def told(error: BaseException) -> tuple[int, str]:
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ImportError) and package != "peft_kasa":
         return exits.ENVIRONMENT, f"{line}. Install it: pip install {package}" if package else line
+    if isinstance(error, exits.UsageError):
+        return exits.USAGE, line
     if isinstance(error, ValueError | TypeError | OSError):
         return exits.INPUT, line
     return exits.BUG, f"{type(error).__name__}: {line}. This was not foreseen: run it again with --debug and report it."

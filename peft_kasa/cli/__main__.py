@@ -1,4 +1,4 @@
-"""`python -m peft_kasa.cli` is `peft-kasa`, seconds slower to begin: arguments are read after the package is imported."""
+"""`python -m peft_kasa.cli` is `peft-kasa`, seconds slower to begin: arguments are read after importing the package."""
 
 import sys
 

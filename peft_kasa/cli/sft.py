@@ -9,6 +9,7 @@ from typing import Any
 from transformers import set_seed
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
+from peft_kasa_cli.exits import UsageError
 from peft_kasa_cli.output import Output
 
 from .models import located
@@ -16,11 +17,12 @@ from .sft_arguments import AdapterArguments, check_no_lora
 from .sft_parts import begun, rows
 
 PARTS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, AdapterArguments)
+USAGE = "peft-kasa sft --model_name_or_path MODEL --dataset_name DATA --output_dir OUT [--method kasa] [--r 8] [...]"
 
 
 def run(args: Namespace, out: Output) -> None:
     """Trains, saves the adapter in output_dir, and says where it is and how the loss went."""
-    parser: Any = TrlParser(PARTS, prog="peft-kasa sft", description="TRL's options, and the adapter's.")  # type: ignore[arg-type]
+    parser: Any = TrlParser(PARTS, prog="peft-kasa sft", usage=USAGE)  # type: ignore[arg-type]
     if {"-h", "--help"} & set(args.rest):
         parser.print_help(out.stream)
         return
@@ -28,11 +30,11 @@ def run(args: Namespace, out: Output) -> None:
         args.rest, return_remaining_strings=True
     )
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}")
+        raise UsageError(f"sft has no such options: {' '.join(unknown)}. See peft-kasa sft --help")
     check_no_lora(base)
     config = ours.config(base.use_rslora)
     if base.model_name_or_path is None or not (script.dataset_name or mixture.datasets):
-        parser.error("--model_name_or_path and --dataset_name are needed")
+        raise UsageError("sft needs --model_name_or_path and --dataset_name")
     located(base.model_name_or_path)
     train, held_out = rows(script, mixture, training.eval_strategy != "no")
     set_seed(training.seed)
