@@ -16,6 +16,8 @@ from . import exits
 from .output import Output, results_only
 from .parser import parse
 
+BARS = "TQDM_DISABLE"  # tqdm reads it when it is imported
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `peft-kasa` with these arguments, or the process's own, and returns the exit code.
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if arguments is None else arguments)
         debug = args.debug
-        with results_only() as stream, _plain_warnings(debug):
+        with results_only() as stream, _calm(debug):
             command = import_module(f"peft_kasa.cli.{args.command}")
             return command.run(args, Output(stream, args.json)) or exits.OK
     except SystemExit as end:  # argparse, after its own message
@@ -53,8 +55,7 @@ def told(error: BaseException) -> tuple[int, str]:
     line = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return exits.INTERRUPTED, "interrupted"
-    if isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, BrokenPipeError):  # its reader has had enough
         return exits.OK, ""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ImportError) and package != "peft_kasa":
@@ -67,16 +68,22 @@ def told(error: BaseException) -> tuple[int, str]:
 
 
 @contextmanager
-def _plain_warnings(debug: bool) -> Iterator[None]:
-    """Warnings in a line each, without where they come from. Those that are for developers are left out."""
-    level = logging.NOTSET if debug else logging.ERROR
-    logging.getLogger("bitsandbytes").setLevel(level)  # it tells of each optional kernel that is missing
+def _calm(debug: bool) -> Iterator[None]:
+    """Keeps libraries from talking: warnings in a line each, none that are for developers; bars on terminals only."""
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET if debug else logging.ERROR)  # of kernels it lacks
+    before = os.environ.get(BARS)
+    if not sys.stderr.isatty():
+        os.environ.setdefault(BARS, "1")
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.showwarning = _show
-        yield
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(BARS, None)
 
 
 def _show(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 WIDE = 200  # columns where no terminal says how many there are
 
@@ -29,7 +30,7 @@ class Output:
     def __init__(self, stream: TextIO, as_json: bool) -> None:
         self.stream, self.as_json = stream, as_json
         self._shown = Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
-        self._aside = Console(file=sys.stderr)
+        self._aside = Console(file=sys.stderr, highlight=False)
 
     def result(self, data: Any, *shown: Table | str) -> None:
         """The result: `data` as JSON, or what is shown of it."""
@@ -47,14 +48,17 @@ class Output:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:
-    """A table of texts and numbers; numbers to the right. No header where the columns have no names."""
+    """A table of texts, which may have a style, and numbers; numbers to the right. No header where the columns have no names."""
     rows = [list(row) for row in rows]
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=any(columns), header_style="bold")
     for place, name in enumerate(columns):
         numbers = rows and all(type(row[place]) in (int, float, NoneType) for row in rows)
-        made.add_column(name, justify="right" if numbers else "left", overflow="fold", no_wrap=place == 0)
+        if numbers:  # a narrow terminal folds texts, not these
+            made.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+        else:
+            made.add_column(name, overflow="fold")
     for row in rows:
-        made.add_row(*(escape(text(cell)) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else escape(text(cell)) for cell in row))
     return made
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import platform
 import sys
 from argparse import Namespace
-from typing import Any
+
+from rich.text import Text
 
 from peft_kasa_cli import exits
 from peft_kasa_cli.output import Output, table
 
 from .checks import CHECKS, Check
 from .versions import versions
+
+COLOURS = {"ok": "green", "absent": "yellow"}
 
 
 def run(args: Namespace, out: Output) -> int:
@@ -49,5 +52,5 @@ def _tried(check: Check, out: Output) -> tuple[str, str]:
         return "broken", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _mark(state: Any) -> str:
-    return {"ok": "ok", "absent": "not installed"}.get(state, str(state))
+def _mark(state: str) -> Text:
+    return Text({"absent": "not installed"}.get(state, state), COLOURS.get(state, "red"))

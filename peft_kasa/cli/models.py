@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as noise
 
 from ..methods.method import SpectralConfig
 
@@ -40,7 +38,6 @@ def load_model(name: str, dtype: str = "auto", task: str | None = None, device: 
         ValueError: there is no such model, or it cannot be read. The message has the remedy.
     """
     folder, options = located(name)
-    _quieten()
     kind = torch.float32 if options and dtype == "auto" else dtype
     try:
         model = _class(folder, options, task).from_pretrained(folder, dtype=kind, **options)
@@ -156,9 +153,3 @@ def _check_hub_id(name: str, path: Path) -> None:
         raise ValueError(f"{name} is a file. Give a folder, a Hub id or a .gguf file.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip("/"):
         raise ValueError(f"{name}: there is no such folder. Give a folder, a Hub id (owner/name) or a .gguf file.")
-
-
-def _quieten() -> None:
-    """transformers draws its bars where there is no terminal, too."""
-    if not os.isatty(2):
-        noise.disable_progress_bar()

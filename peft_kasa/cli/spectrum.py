@@ -10,7 +10,7 @@ from ..report import spectrum
 from .models import load_model
 from .reports import draw, written
 
-SHARES = {"rank_50": "rank for 50 %", "rank_90": "for 90 %"}
+SHARES = {"rank_50": "rank for 50%", "rank_90": "for 90%"}
 
 
 def run(args: Namespace, out: Output) -> None:
@@ -21,8 +21,8 @@ def run(args: Namespace, out: Output) -> None:
     report = spectrum(model, ranks=args.ranks, target_modules=targets)
     draw(report, args, out)
     r = report.marked
-    columns = {"module": "module", "rows": "m", "columns": "n", "largest": "largest", "smallest": "smallest"}
-    columns |= {"effective_rank": "effective rank", f"energy_r{r}": f"energy at {r}", **SHARES}
-    columns |= {f"budget_r{r}": "budget", f"cut_value_r{r}": "KaSA cuts below", f"cut_energy_r{r}": "cut's energy"}
+    columns = {"module": "module", "rows": "m", "columns": "n", "largest": "largest", "effective_rank": "effective rank"}
+    columns |= {f"energy_r{r}": f"energy at {r}", **SHARES, f"budget_r{r}": f"budget at {r}"}
+    columns |= {f"cut_value_r{r}": "KaSA cuts below", f"cut_energy_r{r}": "cut's energy"}
     rows = [[row[key] for key in columns] for row in report.rows()]
     out.result(report.to_dict(), table(list(columns.values()), rows), report.summary(), *written(args))
