@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def make(folder: Path) -> Path:
     bases.make(base)
     tokenizer().save_pretrained(base)
     for name, config in ADAPTERS.items():
-        model = get_peft_model(bases.load(base), config)
+        model = get_peft_model(bases.load(base), deepcopy(config))
         bases.move(model)
         model.save_pretrained(str(folder / name))
     cut_short(folder / "kasa", folder / "cut-short")

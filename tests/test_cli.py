@@ -234,7 +234,9 @@ def test_a_bad_input_is_one_line_and_1(works: Works, line: str, told: str) -> No
     assert sorted(works.folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("line", ["", "frobnicate", "export one", "merge a b --dtype int8", "sft --use_cpu --frobnicate 3"])
+@pytest.mark.parametrize(
+    "line", ["", "frobnicate", "export one", "merge a b --dtype int8", "sft --use_cpu --frobnicate 3"]
+)
 def test_a_bad_command_line_is_2(works: Works, line: str) -> None:
     done = works.run(*line.split(), code=2)
     assert done.err

@@ -145,7 +145,7 @@ sys.exit(0 if codes == [0, None, 0, None, 0, None, 1] else str(codes))
 def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose whole decompositions take seconds."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
     made = str(tmp_path_factory.mktemp("slow"))
     LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(made)
     return made

@@ -21,7 +21,13 @@ def run(args: Namespace, out: Output) -> None:
     report = spectrum(model, ranks=args.ranks, target_modules=targets)
     draw(report, args, out)
     r = report.marked
-    columns = {"module": "module", "rows": "m", "columns": "n", "largest": "largest", "effective_rank": "effective rank"}
+    columns = {
+        "module": "module",
+        "rows": "m",
+        "columns": "n",
+        "largest": "largest",
+        "effective_rank": "effective rank",
+    }
     columns |= {f"energy_r{r}": f"energy at {r}", **SHARES, f"budget_r{r}": f"budget at {r}"}
     columns |= {f"cut_value_r{r}": "KaSA cuts below", f"cut_energy_r{r}": "cut's energy"}
     rows = [[row[key] for key in columns] for row in report.rows()]
