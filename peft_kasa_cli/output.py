@@ -48,7 +48,7 @@ class Output:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:
-    """A table of texts, which may have a style, and numbers; numbers to the right. No header where the columns have no names."""
+    """A table of texts, which may have a style, and numbers, to the right. No header where no column has a name."""
     rows = [list(row) for row in rows]
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=any(columns), header_style="bold")
     for place, name in enumerate(columns):

@@ -29,6 +29,7 @@ from peft_kasa_cli import main
 
 COMMAND = [sys.executable, "-m", "peft_kasa_cli"]
 PATIENCE = 300
+SHORT = "--use_cpu --bf16 False --report_to none --save_strategy no"  # for TRL
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +71,13 @@ def test_the_script_is_the_command() -> None:
 
 def test_sft_trains_and_prints_nothing_but_json(folder: Path) -> None:
     """TRL prints its logs to standard output: they have to go elsewhere."""
-    adapter = "--method kasa --r 4 --options truncation=2 form=paper --target_modules q_proj v_proj".split()
-    training = "--max_steps 3 --logging_steps 1 --learning_rate 1e-2 --use_cpu --bf16 False --report_to none".split()
-    data = "--model_name_or_path base --dataset_name train.jsonl --output_dir out --save_strategy no".split()
+    words = f"""
+        --model_name_or_path base --dataset_name train.jsonl --output_dir out {SHORT}
+        --max_steps 3 --logging_steps 1 --learning_rate 1e-2
+        --method kasa --r 4 --options truncation=2 form=paper --target_modules q_proj v_proj
+    """
     done = subprocess.run(
-        [*COMMAND, "sft", "--json", *data, *training, *adapter],
+        [*COMMAND, "sft", "--json", *words.split()],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -95,8 +98,8 @@ def test_sft_trains_and_prints_nothing_but_json(folder: Path) -> None:
 def test_sft_calibrates_what_starts_from_data(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base, data, out = (str(folder / name) for name in ("base", "train.jsonl", "corda"))
     words = f"sft --model_name_or_path {base} --dataset_name {data} --output_dir {out} --method corda --r 2"
-    words += f" --statistics {folder / 'statistics.safetensors'} --calibration_samples 6 --max_steps 1"
-    told = call(capfd, *words.split(), *"--use_cpu --bf16 False --report_to none --save_strategy no --json".split())
+    words += f" --statistics {folder / 'statistics.safetensors'} --calibration_samples 6 --max_steps 1 --json {SHORT}"
+    told = call(capfd, *words.split())
     assert json.loads(told.out)["steps"] == 1
     assert (folder / "statistics.safetensors").is_file()
     assert PeftModel.from_pretrained(bases.load(base), out).peft_config["default"].method == "corda"

@@ -19,7 +19,15 @@ from .configs import HIDDEN, build_config, config_class
 from .counting import learns, shapes
 from .models import load_config
 
-COLUMNS = ("method", "paper", "starts from", "learns", "leaves the base", "at the base", "a module", "as LoRA")
+COLUMNS = {  # by what `_described` calls them; papers are in the JSON, and in one method's
+    "method": "method",
+    "source": "starts from",
+    "learns": "learns",
+    "leaves": "leaves the base",
+    "identity": "at the base",
+    "parameters": "a module",
+    "export_rank": "as LoRA",
+}
 
 
 def run(args: Namespace, out: Output) -> None:
@@ -33,10 +41,9 @@ def run(args: Namespace, out: Output) -> None:
 def _family(args: Namespace, out: Output) -> None:
     sizes = _sizes(args.model) if args.model else None
     data = [_described(build_config(name, {"r": args.r}), sizes) for name in sorted(methods())]
-    columns = [*COLUMNS, *(["r", "in this model"] if sizes else [])]
-    keys = ("method", "paper", "source", "learns", "leaves", "identity", "parameters", "export_rank")
-    rows = [[fact[key] for key in (*keys, *(("r", "count") if sizes else ()))] for fact in data]
-    out.result(data, table(columns, rows), _legend(args.model))
+    columns = COLUMNS | ({"r": "r", "count": "in this model"} if sizes else {})
+    rows = [[fact[key] for key in columns] for fact in data]
+    out.result(data, table(list(columns.values()), rows), _legend(args.model))
 
 
 def _legend(model: str | None) -> str:
