@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..adapter.supported import unsupported
 from ..calibration.targets import inner
 from ..methods.method import require
 from ..peft_type import NAME
-from .adapter_file import AdapterFile, read_files
+from .adapter_file import ROOT, AdapterFile, read_files
 from .base_layers import weight_of
 from .family_file import FamilyFile
 from .lora_file import LoraFile
@@ -71,7 +73,7 @@ class AdapterReport(Report):
     Attributes:
         facts: path, method, base_model, target_modules, ranks, modules, and how many numbers are `trained` and `stored`
             in how many `bytes` and which `dtypes`; of the adapter as a whole.
-        modules: in the file's order of the model.
+        modules: in the model's order if a base was given, else by name.
         with_base: whether a base was given.
         against: the facts of the adapter that it is compared with, if any.
         only: the modules that one of the two has alone.
@@ -186,7 +188,7 @@ def inspect(
         ('kasa', 30, 2)
     """
     one, other = _opened(adapter_path), None if against is None else _opened(against)
-    names = list(one.slots)
+    names = _ordered(one.slots, base)
     where = places(names)
     modules = [
         _module(one, other, name, where[name], base)
@@ -196,6 +198,13 @@ def inspect(
     ]
     only = sorted(one.slots.keys() ^ other.slots.keys()) if other else []
     return AdapterReport(one.facts, modules, base is not None, other.facts if other else None, only)
+
+
+def _ordered(names: Iterable[str], base: nn.Module | None) -> list[str]:
+    """In the model's order where it is known (files hold names by letters), else with numbers in theirs."""
+    known = {name: index for index, (name, _) in enumerate(inner(base).named_modules())} if base is not None else {}
+    parts = {name: [(not part.isdigit(), part.zfill(9)) for part in name.split(".")] for name in names}
+    return sorted(parts, key=lambda name: (known.get(name, len(known)), parts[name]))
 
 
 def _opened(path: str | os.PathLike[str]) -> AdapterFile:
@@ -211,7 +220,9 @@ def _module(
     one: AdapterFile, other: AdapterFile | None, name: str, place: Place, base: nn.Module | None
 ) -> ModuleUpdate:
     update = one.update(name, _layer(base, name))
-    trained = sum(value.numel() for key, value in one.tensors.items() if f".{name}." in key and one.learns(key))
+    trained = sum(
+        value.numel() for key, value in one.tensors.items() if key.startswith(f"{ROOT}{name}.") and one.learns(key)
+    )
     found = ModuleUpdate(name, place, one.rank(name), trained)
     if update is None:
         return found
@@ -231,7 +242,9 @@ def _layer(base: nn.Module | None, name: str) -> SpectralLinear | None:
     """A fresh layer around the base's module, which stays as it is."""
     if base is None:
         return None
-    found = dict(inner(base).named_modules()).get(name)
+    found = None
+    with suppress(AttributeError):
+        found = inner(base).get_submodule(name)
     require(found is not None, f"{name}: the base does not fit the adapter. It has no such module", type(base).__name__)
     if isinstance(found, SpectralLinear):
         require(not found.merged, f"{name}: the base has to be unmerged. Call unmerge_adapter", found.merged_adapters)

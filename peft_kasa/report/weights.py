@@ -137,7 +137,7 @@ def _line(kind: str, rows: list[dict[str, Any]], rank: int) -> str:
     shapes = sorted({f"{row['rows']} x {row['columns']}" for row in rows})
     return (
         f"  {kind} ({listed(shapes, 2)}): effective rank {mean('effective_rank'):.0f}, energy at r = {rank} "
-        f"{mean(f'energy_r{rank}'):.1%}, the cut takes {mean(f'cut_energy_r{rank}'):.2g} of it"
+        f"{mean(f'energy_r{rank}'):.1%}, the cut takes {100 * mean(f'cut_energy_r{rank}'):.2g}%"
     )
 
 
