@@ -85,13 +85,15 @@ def test_spectrum_is_what_lapack_finds(works: Works) -> None:
     assert "effective rank" in works.run("spectrum", works.path("base"), "--target-modules", "q_proj").out
 
 
-def test_inspect_tells_what_an_adapter_is(works: Works) -> None:
+def test_inspect_tells_what_an_adapter_is(works: Works, tmp_path: Path) -> None:
     given = ("inspect", works.path("kasa"), "--base", works.path("base"), "--against", works.path("lora"))
     told = json.loads(works.run(*given, "--json").out)
     assert (told["method"], len(told["modules"])) == ("kasa", 14)
     assert {row["rank"] for row in told["modules"]} == {4}
     assert all(row["relative_norm"] > 0 for row in told["modules"])
-    shown = works.run(*given).out
+    pages = [str(tmp_path / name) for name in ("report.html", "report.png")]
+    shown = works.run(*given, "--html", pages[0], "--png", pages[1]).out
+    assert all(f"written: {page}" in shown and Path(page).stat().st_size > 1000 for page in pages)
     assert "Beside the base's weights" in shown
     assert "Beside the updates of" in shown
 
