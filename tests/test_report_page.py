@@ -204,10 +204,13 @@ def test_files_are_written_whole_or_not_at_all(way: str, reports: dict[str, Repo
     assert [entry.name for entry in path.parent.iterdir()] == ["report"]
 
 
-def test_without_the_library_the_remedy_is_named() -> None:
+def test_the_library_is_wanted_for_pages_alone() -> None:
+    """And the report by who asks for it alone. In a process of its own: here all is imported already."""
     code = """
-import sys, torch
+import sys, torch, peft_kasa
+assert "peft_kasa.report" not in sys.modules
 from peft_kasa.report import spectrum
+assert not {"altair", "vl_convert"} & set(sys.modules)
 report = spectrum(torch.nn.Sequential(torch.nn.Linear(4, 3)))
 sys.modules["altair"] = None
 try:
