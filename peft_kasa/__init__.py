@@ -42,6 +42,7 @@ from .methods import (  # noqa: E402
 from .register import register as _register  # noqa: E402
 from .sharing.export import LoraExport, export_lora, to_lora  # noqa: E402
 from .sharing.federated import average_cores  # noqa: E402
+from .sharing.from_lora import from_lora  # noqa: E402
 from .sharing.hotswap import hotswap_adapter  # noqa: E402
 from .sharing.hub import push_to_hub  # noqa: E402
 from .training import callback as _callback  # noqa: E402
@@ -82,6 +83,7 @@ __all__ = [
     "average_cores",
     "calibrate",
     "export_lora",
+    "from_lora",
     "load_requantized",
     "hotswap_adapter",
     "parameter_groups",

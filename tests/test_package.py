@@ -47,7 +47,7 @@ def wheel(built: Path) -> Path:
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    source = (ROOT / "peft_kasa").rglob("*")
+    source = [*(ROOT / "peft_kasa").rglob("*"), *(ROOT / "peft_kasa_cli").rglob("*")]
     assert names == {str(path.relative_to(ROOT)) for path in source if path.suffix == ".py" or path.name == "py.typed"}
 
 

@@ -36,6 +36,7 @@ ORDER = [
     "training",
     "report",
     "register",
+    "cli",
     "__init__",
 ]  # each may import those before it
 HEADINGS = [

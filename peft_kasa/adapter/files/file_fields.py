@@ -22,27 +22,33 @@ PATTERNS = (
 )
 
 
-def check(config_class: type[SpectralConfig], given: Mapping[str, Any]) -> None:
+def check(config_class: type[SpectralConfig], given: Mapping[str, Any], where: str = FILE) -> None:
     """Checks each field against its annotation, and regular expressions for repeats that double the work at each
     character: not for all that may be slow.
+
+    Args:
+        config_class: the method's.
+        given: its fields.
+        where: what they come from, for errors.
 
     Raises:
         ValueError: another type; a number that is not finite; a path of statistics; such a repeat. It names the field.
     """
     hints = get_type_hints(config_class)
+    remedy = "restore the file from its source" if where == FILE else "give such a value"
     for name, value in given.items():
         if not _fits(value, hints[name]):
             kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-            raise ValueError(f"{FILE}: {name} has to be {kind}. Found {value!r:.80}: restore the file from its source.")
+            raise ValueError(f"{where}: {name} has to be {kind}. Found {value!r:.80}: {remedy}.")
     if given.get("statistics") is not None:
         raise ValueError(
-            f"{FILE}: statistics are not read from a file's config. Found {given['statistics']!r:.80}: delete the "
+            f"{where}: statistics are not read from a file's config. Found {given['statistics']!r:.80}: delete the "
             "field, and set `config.statistics` yourself."
         )
     for name, pattern in _patterns(given):
         if _repeats_repeats(pattern):
             raise ValueError(
-                f"{FILE}: {name} has a repeat or a choice inside a repeat, which may take for ever to match. Found "
+                f"{where}: {name} has a repeat or a choice inside a repeat, which may take for ever to match. Found "
                 f"{pattern!r:.80}: name the modules, or write the expression without."
             )
 
