@@ -22,7 +22,7 @@ BARS = "TQDM_DISABLE"  # tqdm reads it when it is imported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `peft-kasa` with these arguments, or the process's own, and returns the exit code.
 
-    Example:
+    Examples:
         >>> from peft_kasa_cli import main
         >>> main(["--version"])  # doctest: +SKIP
     """
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def told(error: BaseException) -> tuple[int, str]:
     """The exit code and the line for an error.
 
-    Example:
+    Examples:
         >>> from peft_kasa_cli.main import told
         >>> told(ValueError("r has to be at least 1.\\n  Found 0."))
         (1, 'r has to be at least 1. Found 0.')

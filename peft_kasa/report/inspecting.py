@@ -49,7 +49,7 @@ def inspect(
         ValueError: no adapter's folder, an adapter that is not plain, a damaged file, NaN or infinite entries, or a
             base that it does not fit; what is at fault is named.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from peft import get_peft_model
         >>> from peft_kasa import KaSAConfig

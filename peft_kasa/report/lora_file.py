@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..adapter.layer import SpectralLinear
 from ..methods.method import require
+from ..sharing.lora_kinds import UNTOUCHED
 from ..spectral import LowRank
 from ..spectral.lowrank import from_factors
 from .adapter_file import AdapterFile
-
-BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # starts that do not write to the base weight
 
 
 class LoraFile(AdapterFile):
@@ -27,8 +26,8 @@ class LoraFile(AdapterFile):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         start, rule = self.fields.get("init_lora_weights", True), "init_lora_weights has to be one that leaves the base"
-        remedy = f"{rule} as it is ({', '.join(map(str, BESIDE_THE_BASE))}): B A is no update of it otherwise"
-        require(start in BESIDE_THE_BASE, f"{self.path}: {remedy}", start)
+        remedy = f"{rule} as it is ({', '.join(map(str, UNTOUCHED))}): B A is no update of it otherwise"
+        require(start in UNTOUCHED, f"{self.path}: {remedy}", start)
         other = [key for key in self.tensors if "lora_" in key and not key.endswith(("lora_A.weight", "lora_B.weight"))]
         require(
             not other, f"{self.path} has to be a plain LoRA of linear layers, of lora_A and lora_B alone", other[:1]

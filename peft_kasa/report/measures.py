@@ -29,7 +29,7 @@ def singular_values(weight: Tensor) -> Tensor:
 def effective_rank(values: Tensor) -> float:
     """exp of the entropy of the values' shares of their sum (Roy & Vetterli 2007): 1 to k, 0 for a zero matrix.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.report.measures import effective_rank
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)

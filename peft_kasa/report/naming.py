@@ -16,7 +16,7 @@ class Place(NamedTuple):
 def places(names: Collection[str]) -> dict[str, Place]:
     """The place of each module. Kinds are as short as tells the modules of one layer apart, if their names do.
 
-    Example:
+    Examples:
         >>> from peft_kasa.report.naming import places
         >>> places(["layers.0.attn.q", "layers.0.mlp.up", "layers.1.attn.q"])["layers.1.attn.q"]
         Place(kind='q', depth=1)

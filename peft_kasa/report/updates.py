@@ -72,7 +72,7 @@ def beside(update: Spectrum, weight: Tensor, rank: int, name: str) -> Beside:
 def overlap(one: Tensor, other: Tensor) -> float:
     """The mean squared cosine of the principal angles between the spaces of orthonormal columns; 0 where one is empty.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.report.updates import overlap
         >>> overlap(torch.eye(4, 2), torch.eye(4, 3)), overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])

@@ -163,7 +163,7 @@ def spectrum(
         ValueError: a rank below 1, no target, or a weight that is not loaded or not finite: it is named.
         TypeError: a target that is no linear layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.report import spectrum
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))

@@ -42,7 +42,7 @@ def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter
         ValueError: not a LoRA of linear layers, a variant that is no plain product (DoRA, KaSA, aLoRA ...), a start
             that cannot be known, or tensors that are missing. It names what is in the way; the model stays as it was.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from peft_kasa import from_lora

@@ -24,7 +24,7 @@ class Stack:
         base: the parameter, or a part of it. It is read, never written.
         up, down: the update's factors, float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_kasa.adapter.experts.stack import Stack
         >>> stack = Stack(torch.zeros(2, 4, 3), torch.ones(2, 4, 1), torch.ones(2, 1, 3))
