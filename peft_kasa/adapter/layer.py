@@ -44,7 +44,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self.base = BaseWeight(base_layer, **quantization)
+        self.base = BaseWeight(base_layer, name, **quantization)
         self.quantization_backend = self.base.backend
         self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
         self.adapters: dict[str, Adapter] = {}
@@ -119,8 +119,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.training or x.requires_grad:
-            self.base.unpack()
+        self.base.ready(unpacked=self.training or x.requires_grad)
         result = self.base.corrected(self.base_layer(x, *args, **kwargs), x)
         if self.disable_adapters or self.merged:
             return result

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..slots import Product
 from .fourbit import FourBit
 from .offload import away, brought, work_device
-from .sharding import in_parts, whole
+from .sharding import in_parts, in_zero3, whole
 
 
 class BaseWeight:
@@ -31,8 +31,8 @@ class BaseWeight:
     reading gives the same numbers before and after, and `unpack` puts the bits back.
     """
 
-    def __init__(self, layer: nn.Module, **quantization: Any) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module, name: str = "", **quantization: Any) -> None:
+        self.layer, self.name = layer, name
         self.backend = resolve_quantization_backend(layer, **quantization)
         self.transposed = isinstance(layer, Conv1D)
         self._scales = _kept_scales(layer) or self._current_scales()
@@ -89,16 +89,34 @@ class BaseWeight:
             weight: Any = self.layer.weight
             return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
 
+    def ready(self, unpacked: bool) -> None:
+        """Before each pass through the layer: `unpack`, where asked or where it only has a copy of parts for the pass.
+
+        Raises:
+            ValueError: an 8-bit layer under FSDP2.
+        """
+        weight = self.layer.weight
+        if getattr(self.layer, "state", None) is not None and not hasattr(weight, "SCB"):
+            raise ValueError(
+                f"{self.name}: an 8-bit weight cannot be in parts under FSDP2 (fully_shard): bitsandbytes keeps its "
+                "scales on the weight, and FSDP2 makes another one. Load the base in 4 bits, or train it under DDP."
+            )
+        if unpacked or in_zero3(weight) or (self._scales is not None and _state(weight) is None):
+            self.unpack()
+
     def unpack(self) -> None:
-        """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since."""
+        """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since.
+
+        What processes hold in parts is never repacked, only its copy for one pass; the scales are, and are put back.
+        """
         weight: Any = self.layer.weight
         if self._scales is None or weight.is_meta or weight.device != self._scales.absmax.device:
             return
-        if weight.quant_state.absmax is self._scales.absmax:
-            return
-        if _packed(weight.quant_state):
-            weight.data = self._nibbles(weight)
-        weight.quant_state = copy.copy(self._scales)
+        if _state(weight) is None:  # FSDP2 made another parameter of it; bitsandbytes takes the layer's scales then
+            self.layer.quant_state = copy.copy(self._scales)
+        elif weight.quant_state.absmax is not self._scales.absmax:
+            weight.data = _unpacked(weight.data, weight.quant_state)
+            weight.quant_state = copy.copy(self._scales)
 
     def overwrite(self, weight: Tensor, owner: Any) -> Any:
         """Stores an (out, in) matrix in the layer's own format, and returns the original for `restore`."""
@@ -161,19 +179,15 @@ class BaseWeight:
 
     def _current_scales(self) -> Any:
         """The state of a 4-bit weight in its unpacked form, or None. Packing keeps bfloat16 scales, transposed."""
-        state: Any = copy.copy(getattr(getattr(self.layer, "weight", None), "quant_state", None))
+        state: Any = copy.copy(_state(getattr(self.layer, "weight", None)))
         if _packed(state):
             state.absmax = state.absmax.T.reshape(-1).float()
             state.dtype, state.packing_format_for_cpu = state.original_dtype, False
         return state
 
-    @staticmethod
-    def _nibbles(weight: Any) -> Tensor:
-        if not _packed(weight.quant_state):
-            return weight.data
-        from bitsandbytes import functional as bnb
-
-        return bnb._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))[0]
+    def _nibbles(self, weight: Any) -> Tensor:
+        """Unpacked and whole; of the layer's weight, or of what `gathered` has of it."""
+        return _unpacked(whole(weight).data, _state(self.layer.weight))
 
 
 def _dequantized_8bit(layer: Any) -> Tensor:
@@ -239,6 +253,19 @@ def _after_state_dict(layer: nn.Module, *_: Any) -> None:
 
 def _is_4bit(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state")
+
+
+def _state(weight: Any) -> Any:
+    return getattr(weight, "quant_state", None)
+
+
+def _unpacked(nibbles: Tensor, state: Any) -> Tensor:
+    """A column of bytes, or part of one that ZeRO-3 has put back since: that is unpacked whatever the state says."""
+    if not _packed(state) or nibbles.shape[-1] <= 1:
+        return nibbles
+    from bitsandbytes import functional as bnb
+
+    return bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(state))[0]
 
 
 def _packed(state: Any) -> bool:
