@@ -22,7 +22,7 @@ RUNS = ("ddp-nf4", "ddp-int8", "fsdp-nf4", "zero3-nf4", "zero3-int8")
 
 
 def run(base: str, way: str, kind: str, member: Member, folder: Path) -> dict[str, Any]:
-    """What the first process is to note of one member: evaluated twice, since bitsandbytes repacks a 4-bit weight then."""
+    """What the first process is to note of one member: evaluated twice, since that may repack a base."""
     model = build(member, bases.load(base, kind))
     losses = train(model, WAYS[way], dist.get_rank(), dist.get_world_size())
     dist.all_reduce(losses)
