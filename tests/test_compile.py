@@ -207,19 +207,17 @@ def test_trainer_with_torch_compile_trains_as_without(member: Member, tiny: str,
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("kind", ["fp32", "nf4", "int8"])
 @pytest.mark.parametrize("member", FORMS, ids=str)
-def test_trainer_with_inductor_trains_as_without(member: Member, kind: str, tiny: str, tmp_path: Path) -> None:
-    given = compiled("inductor")
-    eager = fit(adapted(member, tiny, kind), tmp_path)
-    assert_same(fit(adapted(member, tiny, kind), tmp_path, **given), eager, 1e-4)
+def test_trainer_with_inductor_trains_as_without(member: Member, tiny: str, tmp_path: Path) -> None:
+    eager = fit(adapted(member, tiny), tmp_path)
+    assert_same(fit(adapted(member, tiny), tmp_path, **compiled("inductor")), eager)
     assert graphs() == 1
     assert not counters["graph_break"]
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("kind", ["fp32", "nf4", "int8"])
-@pytest.mark.parametrize("member", FORMS, ids=str)
+@pytest.mark.parametrize("member", QUANTIZED[:1], ids=str)
 def test_inductor_gives_a_model_eagers_numbers(member: Member, kind: str, tiny: str) -> None:
     model = adapted(member, tiny, kind).train()
     assert_same(losses(model, whole(model, "inductor")), losses(model, model), 1e-4)
