@@ -16,7 +16,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_kasa.adapter.starting import all_layers
 
-each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 each_form = pytest.mark.parametrize("member", FORMS, ids=str)
 
 
@@ -43,8 +42,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-@each_member
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize(("member", "kind"), [(m, "fp32") for m in MEMBERS] + [(m, "bf16") for m in FORMS], ids=str)
 def test_the_merged_weights_are_sent_and_then_taken_back(member: Member, kind: str, tiny: str) -> None:
     model = adapted(member, tiny, kind)
     before, expected = bits(model), bits(copy.deepcopy(model).merge_and_unload())
