@@ -119,7 +119,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        self.base.ready(unpacked=self.training or x.requires_grad)
+        self.base.ready(training=self.training or x.requires_grad)
         result = self.base.corrected(self.base_layer(x, *args, **kwargs), x)
         if self.disable_adapters or self.merged:
             return result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
-from .base.base_weight import guard
+from .base.guarding import guard
 from .base.offload import check_at_hand
 from .budget import adopt, start
 from .combining import Combining

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..slots import Product
-from .fourbit import FourBit
+from .fourbit import FourBit, packed, state_of, unpacked
 from .offload import away, brought, work_device
 from .sharding import in_parts, in_zero3, whole
 
@@ -89,8 +89,8 @@ class BaseWeight:
             weight: Any = self.layer.weight
             return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
 
-    def ready(self, unpacked: bool) -> None:
-        """Before each pass through the layer: `unpack`, where asked or where it only has a copy of parts for the pass.
+    def ready(self, training: bool) -> None:
+        """Before each pass through the layer: `unpack` in training, or where it only has a copy of parts for the pass.
 
         Raises:
             ValueError: an 8-bit layer under FSDP2.
@@ -101,7 +101,7 @@ class BaseWeight:
                 f"{self.name}: an 8-bit weight cannot be in parts under FSDP2 (fully_shard): bitsandbytes keeps its "
                 "scales on the weight, and FSDP2 makes another one. Load the base in 4 bits, or train it under DDP."
             )
-        if unpacked or in_zero3(weight) or (self._scales is not None and _state(weight) is None):
+        if training or in_zero3(weight) or (self._scales is not None and state_of(weight) is None):
             self.unpack()
 
     def unpack(self) -> None:
@@ -112,10 +112,10 @@ class BaseWeight:
         weight: Any = self.layer.weight
         if self._scales is None or weight.is_meta or weight.device != self._scales.absmax.device:
             return
-        if _state(weight) is None:  # FSDP2 made another parameter of it; bitsandbytes takes the layer's scales then
+        if state_of(weight) is None:  # FSDP2 made another parameter of it; bitsandbytes takes the layer's scales then
             self.layer.quant_state = copy.copy(self._scales)
         elif weight.quant_state.absmax is not self._scales.absmax:
-            weight.data = _unpacked(weight.data, weight.quant_state)
+            weight.data = unpacked(weight.data, weight.quant_state)
             weight.quant_state = copy.copy(self._scales)
 
     def overwrite(self, weight: Tensor, owner: Any) -> Any:
@@ -168,7 +168,7 @@ class BaseWeight:
         weight: Any = self.layer.weight
         weight.data, self._scales = held.to(weight.device)
         weight.quant_state = self.layer.quant_state = copy.copy(self._scales)
-        _kept[self.layer] = (weakref.ref(weight), self._scales)
+        kept[self.layer] = (weakref.ref(weight), self._scales)
 
     def _correction(self, device: torch.device) -> Product:
         """On a device, where it stays: no module holds it, so that it is never cast, sharded or saved with a model."""
@@ -179,15 +179,15 @@ class BaseWeight:
 
     def _current_scales(self) -> Any:
         """The state of a 4-bit weight in its unpacked form, or None. Packing keeps bfloat16 scales, transposed."""
-        state: Any = copy.copy(_state(getattr(self.layer, "weight", None)))
-        if _packed(state):
+        state: Any = copy.copy(state_of(getattr(self.layer, "weight", None)))
+        if packed(state):
             state.absmax = state.absmax.T.reshape(-1).float()
             state.dtype, state.packing_format_for_cpu = state.original_dtype, False
         return state
 
     def _nibbles(self, weight: Any) -> Tensor:
         """Unpacked and whole; of the layer's weight, or of what `gathered` has of it."""
-        return _unpacked(whole(weight).data, _state(self.layer.weight))
+        return unpacked(whole(weight).data, state_of(self.layer.weight))
 
 
 def _dequantized_8bit(layer: Any) -> Tensor:
@@ -212,61 +212,9 @@ class _Apply(torch.autograd.Function):
 
 
 # The scales of 4-bit weights from before any repacking, with the weight they belong to.
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _kept_scales(layer: nn.Module) -> Any:
-    weight, scales = _kept.get(layer, (lambda: None, None))
+    weight, scales = kept.get(layer, (lambda: None, None))
     return copy.copy(scales) if weight() is not None and weight() is getattr(layer, "weight", None) else None
-
-
-def guard(model: nn.Module, on: bool = True) -> None:
-    """Keeps 4-bit layers that no adapter wraps from what repacking does to them, as wrapped ones are (or ends it):
-    gradients pass through them in training, and taking a state dict leaves them as they were.
-    """
-    _unhook(model._forward_pre_hooks)
-    layers = [layer for layer in model.modules() if _is_4bit(layer)]
-    for layer in layers:
-        _unhook(layer._state_dict_hooks)
-        if on:
-            _kept.setdefault(layer, (weakref.ref(layer.weight), BaseWeight(layer)._scales))
-            layer.register_state_dict_post_hook(_after_state_dict)
-    if on and layers:
-        model.register_forward_pre_hook(_before_forward)
-
-
-def _unhook(hooks: Any) -> None:
-    for key in [key for key, hook in hooks.items() if hook in (_before_forward, _after_state_dict)]:
-        del hooks[key]
-
-
-def _before_forward(model: nn.Module, _: Any) -> None:
-    if model.training:
-        for layer in model.modules():
-            if _is_4bit(layer) and _packed(layer.weight.quant_state):
-                BaseWeight(layer).unpack()
-
-
-def _after_state_dict(layer: nn.Module, *_: Any) -> None:
-    BaseWeight(layer).unpack()
-
-
-def _is_4bit(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state")
-
-
-def _state(weight: Any) -> Any:
-    return getattr(weight, "quant_state", None)
-
-
-def _unpacked(nibbles: Tensor, state: Any) -> Tensor:
-    """A column of bytes, or part of one that ZeRO-3 has put back since: that is unpacked whatever the state says."""
-    if not _packed(state) or nibbles.shape[-1] <= 1:
-        return nibbles
-    from bitsandbytes import functional as bnb
-
-    return bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(state))[0]
-
-
-def _packed(state: Any) -> bool:
-    return bool(getattr(state, "packing_format_for_cpu", False))

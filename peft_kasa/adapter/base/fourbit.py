@@ -66,3 +66,22 @@ class FourBit(NamedTuple):
             state.offset = tensors["offset"].to(state.offset.device)
             state.state2.absmax = tensors["nested_absmax"].to(state.state2.absmax.device)
         return FourBit(tensors["weight"].to(self.nibbles.device), state)
+
+
+def state_of(weight: Any) -> Any:
+    """The state that bitsandbytes keeps on a 4-bit weight, or None: FSDP2 makes another parameter, without it."""
+    return getattr(weight, "quant_state", None)
+
+
+def packed(state: Any) -> bool:
+    """Whether bitsandbytes has repacked the weight for a CPU."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def unpacked(nibbles: Tensor, state: Any) -> Tensor:
+    """A column of bytes, or part of one that ZeRO-3 has put back since: that is unpacked whatever the state says."""
+    if not packed(state) or nibbles.shape[-1] <= 1:
+        return nibbles
+    from bitsandbytes import functional as bnb
+
+    return bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(state))[0]
