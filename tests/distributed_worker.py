@@ -40,11 +40,17 @@ def build(member: Member, base: nn.Module | None = None) -> PeftModel:
     return get_peft_model(base or bases.fresh(), member.config(**STRONG.get(member.name, {})))
 
 
-def divided() -> nn.Module:
-    """The tiny model as ZeRO-3 loads one: in parts from the beginning."""
+def deepspeed_without_compiling() -> Any:
+    """DeepSpeed, without an operator that it would compile first, for minutes."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled first, for minutes
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def divided() -> nn.Module:
+    """The tiny model as ZeRO-3 loads one: in parts from the beginning."""
+    deepspeed = deepspeed_without_compiling()
     base = bases.fresh()
     deepspeed.zero.Init(module=base, config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}})
     return base
@@ -82,9 +88,7 @@ def fsdp(model: PeftModel) -> Step:
 
 def zero(stage: int, model: PeftModel, accumulate: int = 2) -> Step:
     """DeepSpeed, a row at a time; everything is in parts, however small."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled first, for minutes
+    deepspeed = deepspeed_without_compiling()
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulate,

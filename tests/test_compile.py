@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from bases import learning, load, move, tokens
+from bases import learning, load, logits, move, tokens
 from members import FORMS, MEMBERS, VARIANTS, Member
 from peft import PeftModel, get_peft_model
+from test_regularisers import DATA
+from test_trainers import SHORT
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers import Trainer, TrainingArguments
 
 from peft_kasa import SpectralLinear, penalty
 from peft_kasa.adapter.starting import all_layers
@@ -177,6 +180,50 @@ def test_an_adapter_that_is_still_to_be_checked_is_one_graph_once_it_was(tiny: s
         again = PeftModel.from_pretrained(load(tiny), str(tmp_path), low_cpu_mem_usage=True)
         use(again)
         assert torch.allclose(whole(first(again))(inputs()), expected, atol=1e-6)
+
+
+def fit(model: nn.Module, folder: Path, **given: Any) -> list[Tensor]:
+    """Trains in transformers' Trainer: the losses of four steps, and all that learns."""
+    trainer = Trainer(model, TrainingArguments(str(folder), **{**SHORT, "max_steps": 4} | given), train_dataset=DATA)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [torch.tensor(losses), *(parameter.detach() for parameter in learning(model))]
+
+
+def compiled(backend: str) -> dict[str, Any]:
+    return {"torch_compile": True, "torch_compile_backend": backend}
+
+
+@pytest.mark.parametrize("member", FORMS, ids=str)
+def test_trainer_with_torch_compile_trains_as_without(member: Member, tiny: str, tmp_path: Path) -> None:
+    def model() -> PeftModel:
+        base = load(tiny)
+        base.model.layers = base.model.layers[:1]
+        return get_peft_model(base, member.config())
+
+    assert_same(fit(model(), tmp_path, **compiled("aot_eager")), fit(model(), tmp_path))
+    assert graphs() == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("member", FORMS, ids=str)
+def test_trainer_with_inductor_trains_as_without(member: Member, tiny: str, tmp_path: Path) -> None:
+    eager = fit(adapted(member, tiny), tmp_path)
+    assert_same(fit(adapted(member, tiny), tmp_path, **compiled("inductor")), eager)
+    assert graphs() == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kind", ["fp32", "nf4", "int8"])
+@pytest.mark.parametrize("member", QUANTIZED[:1], ids=str)
+def test_inductor_gives_a_model_eagers_numbers(member: Member, kind: str, tiny: str) -> None:
+    model = adapted(member, tiny, kind).train()
+    assert_same(losses(model, whole(model, "inductor")), losses(model, model), 1e-4)
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(whole(model, "inductor")(input_ids=tokens()).logits, logits(model), atol=1e-4)
 
 
 @pytest.mark.real

@@ -44,7 +44,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = self.pattern_name = name  # the latter is what patterns of a config are matched with
-        self.base = BaseWeight(base_layer, **quantization)
+        self.base = BaseWeight(base_layer, name, **quantization)
         self.quantization_backend = self.base.backend
         self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
         self.adapters: dict[str, Adapter] = {}
@@ -134,8 +134,7 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         names = self.acting(adapter_names)
-        if self.training or x.requires_grad:
-            self.base.unpack()
+        self.base.ready(training=self.training or x.requires_grad)
         result = self.base.corrected(self.base_layer(x, *args, **kwargs), x)
         if self.merged or self.disable_adapters or not (names or adapter_names):
             return result

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..methods.method import require
 from ..peft_type import PREFIX
 from ..spectral.plan import Solver
-from .base.base_weight import guard
+from .base.guarding import guard
 from .experts.expert import SpectralExpert
 from .experts.wrapper import tidy
 from .files.anchors import PREFIX as ANCHOR

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
-from .base.base_weight import guard
+from .base.guarding import guard
 from .base.misread import warn_of_misread
 from .base.offload import check_at_hand
 from .base.sharding import bare

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -47,6 +48,8 @@ class Held:
             return None
         begin, part = found
         for flat in self._tensors.values():
+            if isinstance(flat, DTensor):  # another model's, under FSDP2: it has no storage to compare
+                continue
             if flat.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
                 return flat, part.storage_offset() - flat.storage_offset(), begin, part.numel()
         return None

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..slots import Product
-from .fourbit import FourBit
+from .fourbit import FourBit, packed, state_of, unpacked
 from .offload import away, brought, work_device
-from .sharding import in_parts, whole
+from .sharding import in_parts, in_zero3, whole
 
 
 class BaseWeight:
@@ -31,8 +31,8 @@ class BaseWeight:
     reading gives the same numbers before and after, and `unpack` puts the bits back.
     """
 
-    def __init__(self, layer: nn.Module, **quantization: Any) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module, name: str = "", **quantization: Any) -> None:
+        self.layer, self.name = layer, name
         self.backend = resolve_quantization_backend(layer, **quantization)
         self.transposed = isinstance(layer, Conv1D)
         self._scales = _kept_scales(layer) or self._current_scales()
@@ -89,16 +89,34 @@ class BaseWeight:
             weight: Any = self.layer.weight
             return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight)
 
+    def ready(self, training: bool) -> None:
+        """Before each pass through the layer: `unpack` in training, or where it only has a copy of parts for the pass.
+
+        Raises:
+            ValueError: an 8-bit layer under FSDP2.
+        """
+        weight = self.layer.weight
+        if getattr(self.layer, "state", None) is not None and not hasattr(weight, "SCB"):
+            raise ValueError(
+                f"{self.name}: an 8-bit weight cannot be in parts under FSDP2 (fully_shard): bitsandbytes keeps its "
+                "scales on the weight, and FSDP2 makes another one. Load the base in 4 bits, or train it under DDP."
+            )
+        if training or in_zero3(weight) or (self._scales is not None and state_of(weight) is None):
+            self.unpack()
+
     def unpack(self) -> None:
-        """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since."""
+        """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since.
+
+        What processes hold in parts is never repacked, only its copy for one pass; the scales are, and are put back.
+        """
         weight: Any = self.layer.weight
         if self._scales is None or weight.is_meta or weight.device != self._scales.absmax.device:
             return
-        if weight.quant_state.absmax is self._scales.absmax:
-            return
-        if _packed(weight.quant_state):
-            weight.data = self._nibbles(weight)
-        weight.quant_state = copy.copy(self._scales)
+        if state_of(weight) is None:  # FSDP2 made another parameter of it; bitsandbytes takes the layer's scales then
+            self.layer.quant_state = copy.copy(self._scales)
+        elif weight.quant_state.absmax is not self._scales.absmax:
+            weight.data = unpacked(weight.data, weight.quant_state)
+            weight.quant_state = copy.copy(self._scales)
 
     def overwrite(self, weight: Tensor, owner: Any) -> Any:
         """Stores an (out, in) matrix in the layer's own format, and returns the original for `restore`."""
@@ -150,7 +168,7 @@ class BaseWeight:
         weight: Any = self.layer.weight
         weight.data, self._scales = held.to(weight.device)
         weight.quant_state = self.layer.quant_state = copy.copy(self._scales)
-        _kept[self.layer] = (weakref.ref(weight), self._scales)
+        kept[self.layer] = (weakref.ref(weight), self._scales)
 
     def _correction(self, device: torch.device) -> Product:
         """On a device, where it stays: no module holds it, so that it is never cast, sharded or saved with a model."""
@@ -161,19 +179,15 @@ class BaseWeight:
 
     def _current_scales(self) -> Any:
         """The state of a 4-bit weight in its unpacked form, or None. Packing keeps bfloat16 scales, transposed."""
-        state: Any = copy.copy(getattr(getattr(self.layer, "weight", None), "quant_state", None))
-        if _packed(state):
+        state: Any = copy.copy(state_of(getattr(self.layer, "weight", None)))
+        if packed(state):
             state.absmax = state.absmax.T.reshape(-1).float()
             state.dtype, state.packing_format_for_cpu = state.original_dtype, False
         return state
 
-    @staticmethod
-    def _nibbles(weight: Any) -> Tensor:
-        if not _packed(weight.quant_state):
-            return weight.data
-        from bitsandbytes import functional as bnb
-
-        return bnb._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))[0]
+    def _nibbles(self, weight: Any) -> Tensor:
+        """Unpacked and whole; of the layer's weight, or of what `gathered` has of it."""
+        return unpacked(whole(weight).data, state_of(self.layer.weight))
 
 
 def _dequantized_8bit(layer: Any) -> Tensor:
@@ -198,48 +212,9 @@ class _Apply(torch.autograd.Function):
 
 
 # The scales of 4-bit weights from before any repacking, with the weight they belong to.
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _kept_scales(layer: nn.Module) -> Any:
-    weight, scales = _kept.get(layer, (lambda: None, None))
+    weight, scales = kept.get(layer, (lambda: None, None))
     return copy.copy(scales) if weight() is not None and weight() is getattr(layer, "weight", None) else None
-
-
-def guard(model: nn.Module, on: bool = True) -> None:
-    """Keeps 4-bit layers that no adapter wraps from what repacking does to them, as wrapped ones are (or ends it):
-    gradients pass through them in training, and taking a state dict leaves them as they were.
-    """
-    _unhook(model._forward_pre_hooks)
-    layers = [layer for layer in model.modules() if _is_4bit(layer)]
-    for layer in layers:
-        _unhook(layer._state_dict_hooks)
-        if on:
-            _kept.setdefault(layer, (weakref.ref(layer.weight), BaseWeight(layer)._scales))
-            layer.register_state_dict_post_hook(_after_state_dict)
-    if on and layers:
-        model.register_forward_pre_hook(_before_forward)
-
-
-def _unhook(hooks: Any) -> None:
-    for key in [key for key, hook in hooks.items() if hook in (_before_forward, _after_state_dict)]:
-        del hooks[key]
-
-
-def _before_forward(model: nn.Module, _: Any) -> None:
-    if model.training:
-        for layer in model.modules():
-            if _is_4bit(layer) and _packed(layer.weight.quant_state):
-                BaseWeight(layer).unpack()
-
-
-def _after_state_dict(layer: nn.Module, *_: Any) -> None:
-    BaseWeight(layer).unpack()
-
-
-def _is_4bit(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state")
-
-
-def _packed(state: Any) -> bool:
-    return bool(getattr(state, "packing_format_for_cpu", False))

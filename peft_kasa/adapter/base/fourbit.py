@@ -101,3 +101,22 @@ def _in_order(nibbles: Tensor, state: Any) -> Tensor:
     codes = torch.stack([stored >> 4, stored & 15], dim=-1).flatten()[:count]
     scales = _block_scales(state).float().repeat_interleave(state.blocksize)[:count]
     return (state.code[codes.int()] * scales).view(state.shape).to(state.dtype)
+
+
+def state_of(weight: Any) -> Any:
+    """The state that bitsandbytes keeps on a 4-bit weight, or None: FSDP2 makes another parameter, without it."""
+    return getattr(weight, "quant_state", None)
+
+
+def packed(state: Any) -> bool:
+    """Whether bitsandbytes has repacked the weight for a CPU."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def unpacked(nibbles: Tensor, state: Any) -> Tensor:
+    """A column of bytes, or part of one that ZeRO-3 has put back since: that is unpacked whatever the state says."""
+    if not packed(state) or nibbles.shape[-1] <= 1:
+        return nibbles
+    from bitsandbytes import functional as bnb
+
+    return bnb._convert_weight_packed_for_cpu_inverse(nibbles, copy.copy(state))[0]

@@ -69,5 +69,5 @@ def _full(tensor: Any) -> Tensor:
 
 
 def _apart(tensor: Tensor) -> bool:
-    """Whether ZeRO-3 has it in parts now."""
-    return in_zero3(tensor) and tensor.shape != whole_shape(tensor)
+    """Whether ZeRO-3 has it in parts now. A repacked 4-bit weight has another shape, of as many bytes."""
+    return in_zero3(tensor) and tensor.numel() != whole_shape(tensor).numel()
