@@ -39,7 +39,12 @@ class Study:
                     self._run("run", name, rates[name], seed)
 
     def rate(self, name: str) -> float:
-        """The rate of least validation loss on the grid, and beyond it while the best one is at the edge."""
+        """The rate of least validation loss on the grid, and beyond it while the best one is at the edge.
+
+        Where there is no choice, nothing is tried.
+        """
+        if len(self.grid) == 1 and not self.wider:
+            return self.grid[0]
         while open_rates := self._open(found := self.found(name)):
             self._run("rate", name, open_rates[0], TUNING_SEED)
         return min(found, key=found.__getitem__)
