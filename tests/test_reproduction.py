@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from decimal import Decimal
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bases import load
+from datasets import Dataset
 from reproduction.classifier import Settings, Trials
+from reproduction.generator import Settings as Causal
+from reproduction.generator import Trials as CausalTrials
 from reproduction.paired import compare, holm
 from reproduction.report import Measure, lines, place, table
 from reproduction.results import Results
 from reproduction.scores import exact_match, number, overlap
 from reproduction.sentences import Sentence, generated, key, rated, splits
 from reproduction.study import TUNING_SEED, Study
-from reproduction.texts import TASKS
+from reproduction.texts import TASKS, Example
+from reproduction.texts import Splits as Texts
 from scipy import stats
+from test_regularisers import _tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 ACCURACY = Measure("test_accuracy", "accuracy, %", 100)
 
@@ -42,13 +51,14 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_attention_heads=2,
         initializer_range=0.2,
     )
+    torch.manual_seed(0)
     BertForSequenceClassification(config).save_pretrained(folder)
     return str(folder)
 
 
-def trials(encoder: str, **given: Any) -> Trials:
+def trials(encoder: str, kind: type[Trials] = Trials, **given: Any) -> Trials:
     settings = Settings(encoder, **{"train": 48, "epochs": 3, "batch_size": 8, "rank": 4, **given})
-    return Trials(settings, generated(200), 40, 40)
+    return kind(settings, generated(200), 40, 40)
 
 
 def test_no_text_is_in_two_splits() -> None:
@@ -102,13 +112,24 @@ def test_a_contender_that_needs_data_is_calibrated_on_training_rows(encoder: str
     assert math.isfinite(trials(encoder)("corda_instruction", 1e-3, 0, True)["test_loss"])
 
 
+class Worsening(Trials):
+    """Each time that it is asked, the loss is higher by one."""
+
+    asked = 0
+
+    def scores(self, model: Any, rows: Sequence[Sentence]) -> dict[str, float]:
+        found = super().scores(model, rows)
+        self.asked += 1
+        return found | {"loss": found["loss"] + self.asked}
+
+
 def test_the_test_split_is_scored_at_the_best_epoch(encoder: str) -> None:
-    """Seen where the test split is the validation split: the figures are the same."""
-    one = trials(encoder)
+    """The first one, where losses rise. The test split is the validation split here, so the figures are the same."""
+    one = trials(encoder, kind=Worsening)
     one.data = one.data._replace(test=one.data.validation)
-    figures = one("lora", 3.0, 0, True)  # far too much: it gets worse after the first epochs
-    assert figures["epoch"] < 3
-    assert figures["test_loss"] == pytest.approx(figures["validation_loss"], rel=1e-5)
+    figures = one("lora", 3e-2, 0, True)
+    assert figures["epoch"] == 1
+    assert figures["test_loss"] - 4 == pytest.approx(figures["validation_loss"] - 1, abs=1e-5)
     assert figures["test_accuracy"] == figures["validation_accuracy"]
 
 
@@ -227,7 +248,8 @@ def test_overlap_counts_all_references() -> None:
 
 
 def files(folder: Path) -> None:
-    (folder / "devset.csv").write_text('mr,ref\nname[A],One A.\nname[A],An A.\n"name[B], x[1]",One B.\nname[C],C.\n')
+    few = 'mr,ref\nname[A],One A.\nname[A],An A.\n"name[B], x[1]",One B.\nname[C],C.\nname[D],D.\nname[E],E.\n'
+    (folder / "devset.csv").write_text(few)
     (folder / "testset_w_refs.csv").write_text("mr,ref\nname[C],C it is.\nname[C],It is C.\n")
     rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(4)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -279,3 +301,20 @@ def test_the_report_says_what_the_rows_say(tmp_path: Path) -> None:
     assert page.read_text() == "Before\n<!-- x -->\n\nnew\n\n<!-- /x -->\nafter\n"
     with pytest.raises(ValueError, match="<!-- y -->"):
         place(page, "y", "new")
+
+
+def test_losses_are_measured_on_the_tokens_that_sft_trains_on(tiny: str, tmp_path: Path) -> None:
+    """A causal model's trials: tokens and labels are SFTTrainer's, and a step with them learns."""
+    load(tiny).save_pretrained(tmp_path / "model")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    rows = [Example(f"{i} 2 3", f" {i + 1} 5", (f"{i + 1} 5",)) for i in range(12)]
+    settings = Causal(str(tmp_path / "model"), "e2e", rank=4, steps=2, batch_size=4, new_tokens=3)
+    one = CausalTrials(settings, Texts(rows[:8], rows[8:10], rows[10:]))
+    arguments = SFTConfig(str(tmp_path), completion_only_loss=True, bf16=False, report_to="none", use_cpu=True)
+    data = Dataset.from_list([{"prompt": rows[0].prompt, "completion": rows[0].completion}])
+    trainer = SFTTrainer(load(tiny), arguments, train_dataset=data, processing_class=_tokenizer())
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert one.encoded(rows[0]) == {key: batch[key][0].tolist() for key in ("input_ids", "labels")}
+    found = [one(name, 1e-2, 0, True) for name in ("lora", "pissa", "lora")]
+    assert found[0] == found[2] != found[1]
+    assert {"validation_loss", "test_loss", "test_bleu", "test_rouge_l", "trainable"} == set(found[0])

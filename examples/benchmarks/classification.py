@@ -67,13 +67,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head-rate", type=float, help="the head's learning rate; the adapter's if left out")
     parser.add_argument("--smoke", action="store_true", help="two contenders, one seed, made-up sentences")
     parser.add_argument("--report", action="store_true", help="only write the table and the plot again")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of classification.jsonl")
+    parser.add_argument("--output", type=Path, help="folder of classification.jsonl")
     args = parser.parse_args()
     if args.data and not args.data.is_file():
         parser.error(f"--data {args.data}: no such file")
     if args.smoke:
         args.data, args.methods, args.seeds, args.rates = None, ["lora", "kasa"], [0, 1], [3e-3]
-        args.train, args.epochs, args.output = 64, 1, Path(tempfile.mkdtemp(prefix="classification-"))
+        args.train, args.epochs = 64, 1
+    args.output = args.output or (Path(tempfile.mkdtemp(prefix="classification-")) if args.smoke else FOLDER)
     return args
 
 

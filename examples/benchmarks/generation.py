@@ -69,14 +69,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--test", type=int, help="prompts to answer; all if left out")
     parser.add_argument("--smoke", action="store_true", help="two contenders, two seeds, made-up data, a few steps")
     parser.add_argument("--report", action="store_true", help="only write the table and the plot again")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the file of results")
+    parser.add_argument("--output", type=Path, help="folder of the file of results")
     args = parser.parse_args()
     if args.data and not args.data.is_dir():
         parser.error(f"--data {args.data}: no such folder")
     if args.smoke:
         args.data, args.methods, args.seeds, args.rates = None, ["lora", "kasa"], [0, 1], [3e-3]
         args.steps, args.batch_size, args.new_tokens, args.test = 4, 4, 24, 4
-        args.output = Path(tempfile.mkdtemp(prefix="generation-"))
+    args.output = args.output or (Path(tempfile.mkdtemp(prefix="generation-")) if args.smoke else FOLDER)
     return args
 
 
