@@ -60,12 +60,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=known, default=NAMES, metavar="METHOD", help=", ".join(known))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", nargs="+", type=float, default=GRID, help="the grid of learning rates")
+    parser.add_argument("--wider", type=int, default=WIDER, help="rates beyond the grid, where the best is at its edge")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--train", type=int, default=480, help="training sentences")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--longest", type=int, default=24, help="tokens; longer sentences are left out")
     parser.add_argument("--head-rate", type=float, help="the head's learning rate; the adapter's if left out")
-    parser.add_argument("--smoke", action="store_true", help="two contenders, one seed, made-up sentences")
+    parser.add_argument("--smoke", action="store_true", help="two contenders, two seeds, made-up sentences")
     parser.add_argument("--report", action="store_true", help="only write the table and the plot again")
     parser.add_argument("--output", type=Path, help="folder of classification.jsonl")
     args = parser.parse_args()
@@ -73,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--data {args.data}: no such file")
     if args.smoke:
         args.data, args.methods, args.seeds, args.rates = None, ["lora", "kasa"], [0, 1], [3e-3]
-        args.train, args.epochs = 64, 1
+        args.wider, args.train, args.epochs = 0, 64, 1
     args.output = args.output or (Path(tempfile.mkdtemp(prefix="classification-")) if args.smoke else FOLDER)
     return args
 
@@ -87,7 +88,7 @@ def measure(args: argparse.Namespace) -> Results:
     protocol |= {"data": args.data.name if args.data else "made up", "held_out": list(held_out)}
     about = {"machine": machine(), "versions": versions(), "commit": commit()}
     results = Results(args.output / "classification.jsonl", protocol, about)
-    Study(trials, results, args.rates, 0 if args.smoke else WIDER)(args.methods, args.seeds)
+    Study(trials, results, args.rates, args.wider)(args.methods, args.seeds)
     return results
 
 

@@ -62,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=NAMES, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", nargs="+", type=float, default=GRID, help="the grid of learning rates")
+    parser.add_argument("--wider", type=int, default=WIDER, help="rates beyond the grid, where the best is at its edge")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -75,6 +76,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--data {args.data}: no such folder")
     if args.smoke:
         args.data, args.methods, args.seeds, args.rates = None, ["lora", "kasa"], [0, 1], [3e-3]
+        args.wider = 0
         args.steps, args.batch_size, args.new_tokens, args.test = 4, 4, 24, 4
     args.output = args.output or (Path(tempfile.mkdtemp(prefix="generation-")) if args.smoke else FOLDER)
     return args
@@ -88,7 +90,7 @@ def measure(args: argparse.Namespace, name: str) -> Results:
     protocol |= {"data": "its own" if args.data else "made up", "validation": len(data.validation)}
     about = {"machine": machine(), "versions": versions(), "commit": commit()}
     results = Results(args.output / f"{name}.jsonl", protocol, about)
-    Study(Trials(settings, data), results, args.rates, 0 if args.smoke else WIDER)(args.methods, args.seeds)
+    Study(Trials(settings, data), results, args.rates, args.wider)(args.methods, args.seeds)
     return results
 
 

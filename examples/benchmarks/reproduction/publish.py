@@ -23,15 +23,10 @@ def publish(folder: Path, name: str, measures: Sequence[Measure]) -> None:
         print(f"{name}: no seed has run yet")
         return
     draw(found, measures[0], [key for key, method in CONTENDERS.items() if method.ours], folder / f"{name}.svg")
-    text = "\n\n".join(
-        [
-            about(settings),
-            table(found, measures),
-            "Validation loss at each rate that was tried:",
-            tried(rows, titles),
-            f"![The same figures, drawn]({name}.svg)",
-        ]
-    )
+    parts = [about(settings), table(found, measures)]
+    if any(row["kind"] == "rate" for row in rows):
+        parts += ["Validation loss at each rate that was tried:", tried(rows, titles)]
+    text = "\n\n".join([*parts, f"![The same figures, drawn]({name}.svg)"])
     print(text)
     if (folder / PAGE).is_file():
         place(folder / PAGE, name, text)
