@@ -14,7 +14,6 @@ pytestmark = pytest.mark.real
 BENCHMARKS = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 STARTS = {
     "classification": ["classification.py"],
-    "generation-e2e-smollm2": ["generation.py", "--task", "e2e"],
     "generation-gsm8k-smollm2": ["generation.py", "--task", "gsm8k"],
 }
 
