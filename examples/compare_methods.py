@@ -39,7 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "benchmarks"))
 import torch
 from base_model import cache_home, smollm2
 from compare_report import report
-from contenders import METHODS, Method
+from contenders import METHODS, Method, beyond
 from measured import commit, machine, versions
 from orders import Order, orders
 from peft import get_peft_model
@@ -361,13 +361,6 @@ class Bench:
         self.book.data["base_untouched"] = same
         self.book.save()
         self.say(f"base weights are {'the same, bit for bit' if same else 'OTHERS THAN BEFORE'}")
-
-
-def beyond(found: dict[float, float]) -> list[float]:
-    """The rate to try next, three times beyond the best one if that is the least or the greatest; else none."""
-    best = min(found, key=found.__getitem__)
-    factor = {min(found): 1 / 3, max(found): 3.0}.get(best)
-    return [] if factor is None else [float(f"{best * factor:.2g}")]
 
 
 def cosine(done: int, steps: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,22 @@ def test_files_in_every_way(tmp_path: Path) -> None:
         strange.model.layers[1].mlp.experts.down_proj[2].normal_()  # type: ignore[union-attr, index, operator]
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj\.2: the adapter was trained on another"):
         PeftModel.from_pretrained(strange, str(tmp_path))
+
+
+def test_threads_do_not_see_each_others_stacks() -> None:
+    model = moved(mixtral())
+    with torch.no_grad():
+        expected = logits(model)
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: logits(model), range(30)))
+    assert all(torch.allclose(one, expected, atol=1e-6) for one in found)
+
+
+def test_the_experts_own_attributes_are_there() -> None:
+    wrapper = next(module for module in adapted(mixtral()).modules() if isinstance(module, SpectralExperts))
+    assert wrapper.num_experts == wrapper.base_layer.num_experts
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        wrapper.nothing_of_this_name  # noqa: B018
 
 
 def test_copies_are_of_their_own() -> None:

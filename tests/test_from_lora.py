@@ -10,6 +10,7 @@ import bases
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -178,6 +179,24 @@ def test_what_does_not_fit_leaves_the_base_alone(tiny: str, tmp_path: Path) -> N
         from_lora(base, tmp_path / "lora")
     assert not hasattr(base, "peft_config")
     assert torch.equal(bases.logits(base), before)
+
+
+def test_an_error_takes_back_all_that_was_made(tmp_path: Path) -> None:
+    """What learns and modules_to_save too."""
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+
+    lora: Any = get_peft_model(model(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    lora.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: value for key, value in tensors.items() if "lora" in key}, tmp_path / "adapter_model.safetensors")
+    base = model()
+    with pytest.raises(ValueError, match=r"The LoRA's file lacks .*1\.weight"):
+        from_lora(base, tmp_path)
+    assert [type(module) for module in base] == [nn.Linear, nn.Linear]
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_transposed_and_quantised_bases(tiny: str, tmp_path: Path) -> None:

@@ -70,19 +70,33 @@ def test_layers_that_are_misread_on_the_cpu_are_named_when_they_are_wrapped() ->
         targets = [str(index) for index in range(len(layers))]
         get_peft_model(torch.nn.Sequential(*layers), PiSSAConfig(r=4, target_modules=targets))
 
-    said = r"1: on the CPU .* multiple of the 4-bit block size 64\. Found 96: .* off by \d+% .* 2 such modules"
+    said = r"[12]: on the CPU .* multiple of the 4-bit block size 64\. Found (96|80): .* off by \d+% .* 2 such modules"
     with pytest.warns(UserWarning, match=said) as caught:
         wrap(64, 96, 80)
     assert len([warning for warning in caught if "block size" in str(warning.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrap(64, 128)
+    with pytest.warns(UserWarning, match=r"0: .* Found 100: it raises in evaluation"):  # that shape is read right
+        wrap(100)
 
 
 def repack(layer: torch.nn.Module) -> None:
     """What bitsandbytes does at the first evaluation on a CPU with AVX512-BF16, here on any CPU."""
     packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     layer.weight.data, layer.weight.quant_state = packed, state
+
+
+def test_a_layer_that_lost_its_adapter_by_merging_is_guarded_as_it_is_now() -> None:
+    """Its weight is another then, with scales of its own."""
+    layers = torch.nn.Sequential(layer_4bit(True), layer_4bit(True))
+    base = get_peft_model(layers, PiSSAConfig(r=4, target_modules=["0"])).merge_and_unload()
+    model = get_peft_model(base, PiSSAConfig(r=4, target_modules=["1"]))
+    before = BaseWeight(base[0]).matrix()
+    repack(base[0])
+    model.state_dict()
+    assert torch.equal(BaseWeight(base[0]).matrix(), before)
+    assert base[0].weight.quant_state.absmax.dtype != torch.bfloat16
 
 
 @pytest.mark.parametrize("double", [False, True])

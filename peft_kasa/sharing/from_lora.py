@@ -18,10 +18,11 @@ from ..adapter.starting import named_layers, withdraw
 from ..methods import EVAConfig, PiSSAConfig, SpectralConfig
 from ..methods.method import require
 from ..peft_type import PREFIX
+from .before import Before
 from .lora_kinds import CARRIED, check, displaces, recomputable
+from .lora_tensors import Pair
 
 Path = str | os.PathLike[str]
-Pair = tuple[Tensor, Tensor]  # B (m, r) and A (r, n)
 
 
 def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter: str = "default") -> PeftModel:
@@ -65,11 +66,13 @@ def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter
             "cannot be computed again. Give initial=, the adapter as it was saved before training; or save it in PEFT "
             "with path_initial_model_for_weight_conversion=."
         )
+    before = Before(model)
     wrapped = get_peft_model(model, _ours(config, start), adapter_name=adapter)  # type: ignore[arg-type]
     try:
         _fill(wrapped, adapter, config, state, known, start)
     except BaseException:
         withdraw(model, adapter)
+        before.restore()
         raise
     return wrapped
 
@@ -114,7 +117,10 @@ def _fill(
         raise ValueError(
             f"{left[0]}: nothing takes this tensor ({len(left)} in all). Give the base the LoRA was made on."
         )
-    set_peft_model_state_dict(model, state, adapter_name=adapter)
+    try:
+        set_peft_model_state_dict(model, state, adapter_name=adapter)
+    except KeyError as missing:  # of modules_to_save
+        raise ValueError(f"The LoRA's file lacks {missing.args[0]}. Restore the file from its source.") from None
 
 
 def _pair(state: dict[str, Tensor], path: str, name: str) -> Pair:

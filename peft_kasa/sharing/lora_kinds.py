@@ -29,16 +29,19 @@ CARRIED = {  # LoraConfig's fields to ours
 }
 # Fields that say nothing of a trained update: how it was started, or how it is stored in the base's layout.
 HARMLESS = {
-    *("peft_type", "auto_mapping", "peft_version", "inference_mode", "init_lora_weights", "fan_in_fan_out"),
-    *(
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "megatron_core",
-        "qalora_group_size",
-        "runtime_config",
-    ),
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "init_lora_weights",
+    "fan_in_fan_out",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
 }
 UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
 COMPUTED = ("pissa", "olora")  # starts that leave it, and come out the same each time

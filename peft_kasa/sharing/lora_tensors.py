@@ -11,7 +11,7 @@ from ..adapter.experts.expert import SpectralExpert
 from ..adapter.layer import SpectralLinear
 from ..spectral import LowRank
 
-Pair = tuple[Tensor, Tensor]  # B and A
+Pair = tuple[Tensor, Tensor]  # B (m, r) and A (r, n)
 
 
 def plain(layers: Mapping[str, SpectralLinear], values: Mapping[str, LowRank]) -> dict[str, Pair]:

@@ -72,7 +72,7 @@ class BaseWeight:
         weight: Any = self.layer.weight if self._gathered is None else self._gathered
         if self._scales is not None:
             weight = FourBit(self._nibbles(weight), self._scales).matrix(as_repacked)
-        elif getattr(self.layer, "state", None) is not None:
+        elif _is_8bit(self.layer):
             weight = _dequantized_8bit(self.layer)
         elif self.backend is not None:
             weight = self.backend.get_base_weight(self.layer)
@@ -96,7 +96,7 @@ class BaseWeight:
             ValueError: an 8-bit layer under FSDP2.
         """
         weight = self.layer.weight
-        if getattr(self.layer, "state", None) is not None and not hasattr(weight, "SCB"):
+        if _is_8bit(self.layer) and not hasattr(weight, "SCB"):
             raise ValueError(
                 f"{self.name}: an 8-bit weight cannot be in parts under FSDP2 (fully_shard): bitsandbytes keeps its "
                 "scales on the weight, and FSDP2 makes another one. Load the base in 4 bits, or train it under DDP."
@@ -104,13 +104,20 @@ class BaseWeight:
         if training or in_zero3(weight) or (self._scales is not None and state_of(weight) is None):
             self.unpack()
 
+    def keep(self) -> None:
+        """Remembers the scales of a 4-bit weight as they are now, unless those from before any repacking are known."""
+        if _kept_scales(self.layer) is None:
+            kept[self.layer] = (weakref.ref(self.layer.weight), self._scales)  # type: ignore[arg-type]
+
     def unpack(self) -> None:
         """Puts a 4-bit weight back to the bits it had when it was wrapped, if bitsandbytes has repacked it since.
 
         What processes hold in parts is never repacked, only its copy for one pass; the scales are, and are put back.
         """
+        if self._scales is None:
+            return
         weight: Any = self.layer.weight
-        if self._scales is None or weight.is_meta or weight.device != self._scales.absmax.device:
+        if weight.is_meta or weight.device != self._scales.absmax.device:
             return
         if state_of(weight) is None:  # FSDP2 made another parameter of it; bitsandbytes takes the layer's scales then
             self.layer.quant_state = copy.copy(self._scales)
@@ -126,7 +133,7 @@ class BaseWeight:
                 original = self.layer.weight.detach().to("cpu", copy=True)
                 self.layer.weight.data.copy_(weight)
             return original
-        state = getattr(self.layer, "state", None)  # of 8-bit layers: it takes the quantised weight over
+        state: Any = self.layer.state if _is_8bit(self.layer) else None  # it takes the quantised weight over
         taken = None if state is None else (state.CB, state.SCB)
         stored = (self.layer.weight, self._scales, taken, self.correction)
         self.backend.set_base_weight(owner, weight)
@@ -188,6 +195,10 @@ class BaseWeight:
     def _nibbles(self, weight: Any) -> Tensor:
         """Unpacked and whole; of the layer's weight, or of what `gathered` has of it."""
         return unpacked(whole(weight).data, state_of(self.layer.weight))
+
+
+def _is_8bit(layer: Any) -> bool:
+    return hasattr(getattr(layer, "state", None), "SCB")  # bitsandbytes' own, not what another layer calls so
 
 
 def _dequantized_8bit(layer: Any) -> Tensor:

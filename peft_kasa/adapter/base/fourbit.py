@@ -28,10 +28,11 @@ class FourBit(NamedTuple):
 
     @property
     def runs_on(self) -> bool:
-        """Whether blocks run on from one row into the next, which bitsandbytes' CPU kernel misreads.
+        """Whether blocks run on from one row into the next, which bitsandbytes' CPU kernel may misread.
 
-        It gives the entry (i, j) of an (m, n) matrix the scale of block ``i * n // size + j // size``: as if every row
-        began with a new block. Quantising, and CUDA, take blocks from the flat matrix, whatever its rows are.
+        Where that kernel is used (not for all shapes) it gives the entry (i, j) of an (m, n) matrix the scale of block
+        ``i * n // size + j // size``: as if every row began with a new block. Quantising, and CUDA, take blocks from
+        the flat matrix, whatever its rows are.
         """
         return bool(self.scales.shape[-1] % self.scales.blocksize)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import nn
 
-from .base_weight import BaseWeight, kept
+from .base_weight import BaseWeight
 from .fourbit import packed
 
 
@@ -20,7 +19,7 @@ def guard(model: nn.Module, on: bool = True) -> None:
     for layer in layers:
         _unhook(layer._state_dict_hooks)
         if on:
-            kept.setdefault(layer, (weakref.ref(layer.weight), BaseWeight(layer)._scales))
+            BaseWeight(layer).keep()
             layer.register_state_dict_post_hook(_after_state_dict)
     if on and layers:
         model.register_forward_pre_hook(_before_forward)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNED = 16  # grouped products take inner sizes of a multiple of 16 bytes
-FACTS = ("device", "dim", "dtype", "is_cuda", "ndim", "shape", "size")  # the same of the base and of the sum
+# The same of the base and of the sum, or, of the address, as well aligned: code asks for nothing else of it.
+FACTS = ("data_ptr", "device", "dim", "dtype", "is_cuda", "ndim", "shape", "size")
 
 
 class Stack:
@@ -18,7 +19,7 @@ class Stack:
 
     Where the experts' code takes one expert, or multiplies, the two parts are multiplied apart, as in a linear layer:
     W + update in bfloat16 would lose more of a small update, and be a second copy of all experts in the graph.
-    All else (another operation, an attribute) gets the sum, in the dtype of the base.
+    Other functions of torch's, and attributes, get the sum, in the dtype of the base.
 
     Args:
         base: the parameter, or a part of it. It is read, never written.
@@ -41,11 +42,11 @@ class Stack:
         """The sum, rounded once to the dtype of the base."""
         return (self.up @ self.down + self.base).to(self.base.dtype)
 
-    def transpose(self, first: int, second: int) -> Any:
+    def transpose(self, dim0: int, dim1: int) -> Any:
         """As a tensor's; of the last two dimensions, a stack."""
         last = {self.base.ndim - 1, self.base.ndim - 2}
-        if {first % self.base.ndim, second % self.base.ndim} != last:
-            return self.dense().transpose(first, second)
+        if {dim0 % self.base.ndim, dim1 % self.base.ndim} != last:
+            return self.dense().transpose(dim0, dim1)
         return Stack(self.base.mT, self.down.mT, self.up.mT)
 
     def __getitem__(self, index: Any) -> Any:
@@ -72,9 +73,9 @@ class Stack:
         stacks = [isinstance(value, Stack) for value in args]
         if stacks[:2] == [False, True] and function is F.linear:
             return _linear(*args, **kwargs)
-        if function in PRODUCTS and stacks == [False, True]:
+        if function in PRODUCTS and stacks == [False, True] and kwargs.keys() <= {"offs"}:
             return _product(function, args[0], args[1], kwargs)
-        if function in PRODUCTS and stacks == [True, False]:
+        if function in PRODUCTS and stacks == [True, False] and not kwargs:
             weight, x = args
             return function(weight.base, x) + function(weight.up.to(x.dtype), function(weight.down.to(x.dtype), x))
         return function(*map(_summed, args), **{name: _summed(value) for name, value in kwargs.items()})
@@ -88,7 +89,7 @@ def _linear(x: Tensor, weight: Stack, bias: Tensor | None = None) -> Tensor:
 def _product(function: Callable[..., Tensor], x: Tensor, weight: Stack, kwargs: dict[str, Any]) -> Tensor:
     """function(x, weight) for one that is linear in the weight and multiplies from the right."""
     up, down = weight.up.to(x.dtype), weight.down.to(x.dtype)
-    if kwargs:  # of grouped products
+    if "offs" in kwargs:  # a grouped product
         missing = -up.shape[-1] % ALIGNED
         up, down = F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing))
     return function(x, weight.base, **kwargs) + function(function(x, up, **kwargs), down, **kwargs)

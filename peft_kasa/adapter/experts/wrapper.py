@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..base.sharding import in_zero3
 from .expert import ExpertWeight, SpectralExpert, is_transposed, joint, unsupported
 from .stack import Stack
 
+ALONE = RLock()  # what one thread shows in the place of a parameter, another would take for it
 TORCH = (None, "eager", "grouped_mm", "batched_mm")  # what transformers calls code that calls torch
 
 
@@ -21,7 +23,8 @@ class SpectralExperts(nn.Module):
     """An experts' module of which some stacked parameters are adapted, a `SpectralExpert` a matrix.
 
     The experts' own code computes, whichever it is. While it runs it finds a `Stack` in the place of each parameter:
-    an attribute of the instance hides the parameter, which itself is not touched.
+    an attribute of the instance hides the parameter, which itself is not touched. Threads take turns. Activation
+    checkpointing goes around this module: within the experts' own code, what is computed again would lack the updates.
 
     Args:
         base_layer: the experts' module.
@@ -46,7 +49,7 @@ class SpectralExperts(nn.Module):
             expert.reserve(adapter, config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as shown:
+        with nullcontext() if torch.compiler.is_compiling() else ALONE, ExitStack() as shown:
             for parameter in self.adapted:
                 if (stack := self._updated(parameter)) is not None:
                     shown.enter_context(_shown(self.base_layer, parameter, stack))
@@ -68,6 +71,15 @@ class SpectralExperts(nn.Module):
         """Whether the experts' code is known to make its products with torch's functions: other kernels read memory."""
         kernel = getattr(getattr(self.base_layer, "config", None), "_experts_implementation", None)
         return kernel in TORCH and not torch.compiler.is_compiling()
+
+    def __getattr__(self, name: str) -> Any:
+        """The experts' own attributes, for code that reads them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     def get_base_layer(self) -> nn.Module:
         """The experts' module."""
