@@ -1,4 +1,7 @@
-"""One of the two processes of tests/test_sweep.py: decomposes, and writes what it has and what it computed itself."""
+"""One of the two processes of tests/test_sweep.py: decomposes, and writes what it has and what it computed itself.
+
+ranks_worker.py FOLDER CASE...
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -60,43 +64,66 @@ def kasa() -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in wrapped.named_parameters()}
 
 
-def main(case: str, folder: Path) -> None:
+def broken() -> str:
+    """The error that a weight with a NaN gives, in this process as in the other."""
+    bad = weights()
+    bad["layers.1"][3, 3] = torch.nan
+    try:
+        Engine().many(bad, 2)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def stacked() -> Any:
+    """Takes small weights together on the CPU too."""
+    return patch.multiple(stacks, _devices={"cpu"}, cuts=noted_together)
+
+
+def shared(case: str, rank: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What the two processes compute together, and the names of what each may have computed."""
+    if case == "kasa":
+        return kasa(), ["0", "1", "2", "3"]
+    if case == "meta":  # one rank loads the model, and the others wait for it on the meta device
+        with torch.device("meta") if rank else nullcontext():
+            values = kasa()
+        return ({} if rank else values), list(weights())
+    if case == "together":
+        with stacked():
+            return flat(Engine().many(alike(), 2, "bottom")), ["(60, 40)", "(40, 60)"]
+    own = weights()
+    if rank and case == "different":  # the same names and shapes
+        own["layers.1"] = torch.eye(300, 290)
+    if rank and case == "more":
+        own["more"] = torch.eye(5)
+    with patch.dict(os.environ, {"PEFT_KASA_SHARE": "0"} if case == "unshared" else {}):
+        return flat(Engine().many(own, 2, "bottom")), list(weights())
+
+
+def alone(case: str) -> dict[str, torch.Tensor]:
+    """The same by one process for itself."""
+    if case in ("kasa", "meta"):
+        return kasa()
+    with stacked() if case == "together" else nullcontext():
+        return flat(Engine().many(alike() if case == "together" else weights(), 2, "bottom"))
+
+
+def main(folder: Path, *cases: str) -> None:
     rank = int(os.environ["RANK"])
     Engine._computed = noted  # type: ignore[method-assign]
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    names = list(weights())
-    if case == "kasa":
-        values, names = kasa(), ["0", "1", "2", "3"]
-    elif case == "broken":
-        bad = weights()
-        bad["layers.1"][3, 3] = torch.nan
-        try:
-            Engine().many(bad, 2)
-        except (ValueError, RuntimeError) as error:
-            print(error)
-            dist.barrier()  # a process that leaves early can break the other's last exchange
-            dist.destroy_process_group()
-            sys.exit(3)
-    elif case == "meta":
-        with torch.device("meta") if rank else nullcontext():
-            values = kasa()
-        values = {} if rank else values
-    elif case in ("different", "more"):
-        own = weights() | ({"more": torch.eye(5)} if rank else {})
-        if case == "different":  # the same names and shapes
-            own = weights() | ({"layers.1": torch.eye(300, 290)} if rank else {})
-        values = flat(Engine().many(own, 2, "bottom"))
-    elif case == "together":
-        stacks._devices, stacks.cuts = {"cpu"}, noted_together
-        values, names = flat(Engine().many(alike(), 2, "bottom")), ["(60, 40)", "(40, 60)"]
-    else:
-        values = flat(Engine().many(weights(), 2, "bottom"))
-    here = list(ran)
+    found: dict[str, Any] = {}
+    for case in cases:
+        ran.clear()
+        values, names = shared(case, rank)
+        found[case] = {"values": values, "ran": list(ran), "names": names}
+    error = broken()
+    dist.barrier()  # a process that leaves early can break the other's last exchange
     dist.destroy_process_group()
-    given = alike() if case == "together" else weights()
-    alone = kasa() if case in ("kasa", "meta") else flat(Engine().many(given, 2, "bottom"))
-    torch.save({"values": values, "alone": alone, "ran": here, "names": names}, folder / f"{rank}.pt")
+    for case in cases:
+        found[case]["alone"] = alone(case)
+    torch.save({"error": error} | found, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -96,10 +96,17 @@ def test_effective_over_intended_is_one_on_four_bits(member: Member, tiny: str) 
     assert ratio == pytest.approx(1, abs=0.005)
 
 
+@pytest.fixture(scope="module")
+def in_two_processes(tiny: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """Started once for all."""
+    makes = {member.name: partial(model_of, member.name, tiny) for member in REGULARIZED}
+    return effect.in_processes(makes, batches(2), ["ddp", "fsdp"])
+
+
 @each_regularized
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_effective_over_intended_is_one_in_two_processes(member: Member, way: str, tiny: str) -> None:
-    ratio, off = effect.ddp(partial(model_of, member.name, tiny), batches(2), way=way)
+def test_effective_over_intended_is_one_in_two_processes(member: Member, way: str, in_two_processes: Any) -> None:
+    ratio, off = in_two_processes[member.name, way]
     assert ratio == pytest.approx(1, abs=0.005)
     assert off < 0.02
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import torchrun
 from peft import get_peft_model
 from torch import Tensor
 
@@ -154,37 +150,21 @@ def test_each_rank_gets_about_as_much() -> None:
     assert max(loads) - min(loads) <= max(costs)
 
 
-SCRIPT = Path(__file__).with_name("ranks_worker.py")
+COMPUTED = {"many": 1, "together": 1, "kasa": 1, "unshared": 2, "different": 2, "more": 2}  # on how many ranks
 
 
-def launch(case: str, folder: Path, **environment: str) -> list[subprocess.CompletedProcess[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), case, str(folder)],
-            env=base | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    return [
-        subprocess.CompletedProcess(p.args, p.wait(), out) for p in processes for out in [p.communicate(timeout=200)[0]]
-    ]
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found in every case; they are started once for all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun("ranks_worker.py", str(folder), *COMPUTED, "meta")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize(
-    ("case", "computed"), [("many", 1), ("together", 1), ("kasa", 1), ("unshared", 2), ("different", 2), ("more", 2)]
-)
-def test_two_ranks_end_with_the_same_bits(case: str, computed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", COMPUTED)
+def test_two_ranks_end_with_the_same_bits(case: str, both: list[dict[str, Any]]) -> None:
     """Each weight or batch is decomposed on one rank; on both where sharing is off, or they have other weights."""
-    results = launch(case, tmp_path, **({"PEFT_KASA_SHARE": "0"} if case == "unshared" else {}))
-    assert all(result.returncode == 0 for result in results), [result.stdout[-2000:] for result in results]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (found[case] for found in both)
     shared = {
         name for name in first["values"].keys() & second["values"] if (case, name[:8]) != ("different", "layers.1")
     }
@@ -193,20 +173,17 @@ def test_two_ranks_end_with_the_same_bits(case: str, computed: int, tmp_path: Pa
     assert all(torch.equal(first["values"][name], first["alone"][name]) for name in first["alone"])
     counts = [(first["ran"] + second["ran"]).count(name) for name in set(first["ran"]) & set(first["names"])]
     assert counts
-    assert set(counts) == {computed}
+    assert set(counts) == {COMPUTED[case]}
 
 
-def test_a_rank_without_weights_keeps_no_other_waiting(tmp_path: Path) -> None:
+def test_a_rank_without_weights_keeps_no_other_waiting(both: list[dict[str, Any]]) -> None:
     """As where one rank loads the model, and the others wait for it on the meta device."""
-    results = launch("meta", tmp_path)
-    assert all(result.returncode == 0 for result in results), [result.stdout[-2000:] for result in results]
-    first = torch.load(tmp_path / "0.pt")
+    first = both[0]["meta"]
     assert first["values"].keys() == first["alone"].keys()
     assert all(torch.equal(value, first["alone"][name]) for name, value in first["values"].items())
 
 
-def test_an_error_on_one_rank_is_an_error_on_both(tmp_path: Path) -> None:
-    results = launch("broken", tmp_path)
-    assert all(result.returncode == 3 for result in results), [result.stdout[-2000:] for result in results]
-    assert sum("layers.1: `w` has to be finite" in result.stdout for result in results) == 2
-    assert sum("could not decompose its share" in result.stdout for result in results) == 1
+def test_an_error_on_one_rank_is_an_error_on_both(both: list[dict[str, Any]]) -> None:
+    errors = [found["error"] for found in both]
+    assert all("layers.1: `w` has to be finite" in error for error in errors)
+    assert sum("could not decompose its share" in error for error in errors) == 1

@@ -76,7 +76,8 @@ def main() -> None:
         for way, step in ways().items():
             ratio, off = effect.effect(regularized(config), step)
             print(f"  {name:6} {way:28} {ratio:.4f}  {off:.1e}", flush=True)
-        print(f"  {name:6} {'DDP, 2 processes':28} {effect.ddp(make(config), batches(2))[0]:.4f}", flush=True)
+        ratio, _ = effect.in_processes({name: make(config)}, batches(2))[name, "ddp"]
+        print(f"  {name:6} {'DDP, 2 processes':28} {ratio:.4f}", flush=True)
 
 
 def load(kind: str, device: str = DEVICE) -> Any:

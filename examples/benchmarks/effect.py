@@ -10,7 +10,7 @@ import copy
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,31 +188,41 @@ def travelled(trainer: Any, steps: int = 1000, lr: float = 2e-5) -> float:
     return (moved / should).item()
 
 
-def ddp(
-    make: Callable[[], Any], batches: list[torch.Tensor], processes: int = 2, way: str = "ddp"
-) -> tuple[float, float]:
-    """`effect` under DistributedDataParallel, FSDP2 ("fsdp") or DeepSpeed ("zero1", "zero2", "zero3").
+def in_processes(
+    makes: Mapping[str, Callable[[], Any]],
+    batches: list[torch.Tensor],
+    ways: Sequence[str] = ("ddp",),
+    processes: int = 2,
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """`effect` under DistributedDataParallel, FSDP2 ("fsdp") or DeepSpeed ("zero1", "zero2", "zero3"), by name and way.
 
-    `make` builds the model in each process; each takes its share of the batches.
+    What makes a model is called in each process; each takes its share of the batches.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(_rank, (processes, port, make, batches, folder, way), processes)
+        mp.spawn(_rank, (processes, port, makes, batches, folder, ways), processes)
         found = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(processes)]
-    return max(found, key=lambda pair: abs(pair[0] - 1))
+    return {key: max((pairs[key] for pairs in found), key=lambda pair: abs(pair[0] - 1)) for key in found[0]}
 
 
 def _rank(
-    rank: int, processes: int, port: int, make: Callable[[], Any], batches: list[torch.Tensor], out: str, way: str
+    rank: int,
+    processes: int,
+    port: int,
+    makes: Mapping[str, Callable[[], Any]],
+    batches: list[torch.Tensor],
+    out: str,
+    ways: Sequence[str],
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     mine = batches[rank::processes]
-    step = zero(mine, int(way[-1])) if way.startswith("zero") else sharded_or_not(mine, way == "fsdp")
-    torch.save(effect(make(), step), os.path.join(out, f"{rank}.pt"))
+    steps = {way: zero(mine, int(way[-1])) if "zero" in way else sharded_or_not(mine, way == "fsdp") for way in ways}
+    found = {(name, way): effect(make(), step) for name, make in makes.items() for way, step in steps.items()}
+    torch.save(found, os.path.join(out, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
