@@ -25,6 +25,7 @@ test: export OMP_NUM_THREADS := 1
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m real
+	$(MAKE) oldest
 
 check: docs
 	$(BIN)/ruff check .
