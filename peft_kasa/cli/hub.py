@@ -1,0 +1,35 @@
+"""Whether a name is a model of the Hub, asked once: loading asks for many files, and each of them several times."""
+
+from __future__ import annotations
+
+from httpx import TransportError
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+SECONDS = 10.0  # to wait for an answer
+
+
+def check_on_hub(name: str, config: str) -> None:
+    """Makes sure that a repository of models is there, or its files are here.
+
+    Args:
+        name: of the repository.
+        config: a file that it has to have.
+
+    Raises:
+        ValueError: there is none of this name, or the Hub cannot be reached.
+    """
+    if isinstance(try_to_load_from_cache(name, config), str):
+        return
+    try:
+        model_info(name, timeout=SECONDS)
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name} is neither a folder here nor on the Hub. Give a folder, a Hub id (owner/name; `hf auth login` for "
+            "private ones) or a .gguf file."
+        ) from error
+    except (TransportError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"{name} is no folder here, its files are not in the cache, and the Hub cannot be reached. Give a folder "
+            "or a .gguf file, or connect."
+        ) from error
