@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from . import exits
@@ -18,7 +19,7 @@ from .parser import parse
 LIMITS = {  # of the machine, by the error's name: the libraries of these are not imported here
     "OutOfMemoryError": "Give it more memory: another --device, a smaller --dtype, or fewer --target-modules.",
     "MemoryError": "Give it more memory: a smaller --dtype, or fewer --target-modules.",
-    "SafetensorError": "A file of weights could not be read or written whole: see to the space there, or copy it again.",
+    "SafetensorError": "A file of weights was not read or written whole: see to the space there, or copy it again.",
 }
 BARS = "TQDM_DISABLE"  # tqdm reads it when it is imported
 
@@ -65,7 +66,7 @@ def told(error: BaseException) -> tuple[int, str]:
         return exits.OK, ""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ImportError) and package != "peft_kasa":
-        return exits.ENVIRONMENT, f"{line}. {_remedy(error, package)}" if package else line
+        return exits.ENVIRONMENT, f"{line}. {_remedy(package)}" if package else line
     if isinstance(error, exits.UsageError):
         return exits.USAGE, line
     if isinstance(error, ValueError | TypeError | OSError):
@@ -76,10 +77,10 @@ def told(error: BaseException) -> tuple[int, str]:
     return exits.BUG, f"{type(error).__name__}: {line}. This was not foreseen: run it again with --debug and report it."
 
 
-def _remedy(error: ImportError, package: str) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name == package:
+def _remedy(package: str) -> str:
+    if find_spec(package) is None:
         return f"Install it: pip install {package}"
-    return f"Another version of it is installed than is needed here: pip install -U {package}"
+    return f"Another version of {package} is needed here: pip install -U {package}"
 
 
 @contextmanager

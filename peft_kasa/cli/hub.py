@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from httpx import TransportError
 from huggingface_hub import model_info, try_to_load_from_cache
-from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 SECONDS = 10.0  # to wait for an answer
 
@@ -28,7 +27,9 @@ def check_on_hub(name: str, config: str) -> None:
             f"{name} is neither a folder here nor on the Hub. Give a folder, a Hub id (owner/name; `hf auth login` for "
             "private ones) or a .gguf file."
         ) from error
-    except (TransportError, OfflineModeIsEnabled) as error:
+    except HfHubHTTPError:
+        return  # an answer: loading says more
+    except Exception as error:  # offline, or one of those of the library that the Hub's client connects with
         raise ValueError(
             f"{name} is no folder here, its files are not in the cache, and the Hub cannot be reached. Give a folder "
             "or a .gguf file, or connect."
