@@ -13,6 +13,7 @@ import torch
 from command_line import Done, call, make
 from safetensors import SafetensorError
 
+from peft_kasa.cli.models import located
 from peft_kasa.cli.sft_arguments import AdapterArguments
 from peft_kasa.cli.versions import versions
 from peft_kasa.report.report import Report
@@ -95,6 +96,18 @@ def test_a_name_that_is_nowhere(capfd: pytest.CaptureFixture[str], offline: None
     for words in (("spectrum", "nobody/none"), ("inspect", "nobody/none"), ("export", "nobody/none", "x")):
         line = last(call(capfd, *words, code=1))
         assert line.startswith("peft-kasa: nobody/none is no folder here")
+
+
+def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> None:
+    """Of the revision that is asked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "models--some--one", "0" * 40
+    for path, text in ((repo / "refs" / "v1", commit), (repo / "snapshots" / commit / "config.json", "{}")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert located("some/one", "v1") == ("some/one", {})
+    with pytest.raises(ValueError, match="Hub cannot be reached"):
+        located("some/one")
 
 
 # Options ---------------------------------------------------------------------------------------------------------

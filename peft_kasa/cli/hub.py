@@ -8,20 +8,21 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 SECONDS = 10.0  # to wait for an answer
 
 
-def check_on_hub(name: str, config: str) -> None:
+def check_on_hub(name: str, config: str, revision: str | None = None) -> None:
     """Makes sure that a repository of models is there, or its files are here.
 
     Args:
         name: of the repository.
         config: a file that it has to have.
+        revision: of its; None: the main branch.
 
     Raises:
         ValueError: there is none of this name, or the Hub cannot be reached.
     """
-    if isinstance(try_to_load_from_cache(name, config), str):
+    if isinstance(try_to_load_from_cache(name, config, revision=revision), str):
         return
     try:
-        model_info(name, timeout=SECONDS)
+        model_info(name, revision=revision, timeout=SECONDS)
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"{name} is neither a folder here nor on the Hub. Give a folder, a Hub id (owner/name; `hf auth login` for "

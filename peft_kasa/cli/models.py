@@ -64,7 +64,7 @@ def load_config(name: str) -> Any:
         raise _damaged(name, error) from error
 
 
-def located(name: str) -> tuple[str, dict[str, Any]]:
+def located(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     """What transformers is to be given for a model: a name, and further arguments for a GGUF file.
 
     Raises:
@@ -80,7 +80,7 @@ def located(name: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{name} has no config.json. Give a folder that save_pretrained of a model has written.")
         return str(path), {}
     _check_hub_id(name, path)
-    check_on_hub(name, "config.json")
+    check_on_hub(name, "config.json", revision)
     return name, {}
 
 

@@ -39,7 +39,7 @@ def run(args: Namespace, out: Output) -> None:
     if base.model_name_or_path is None or not (script.dataset_name or mixture.datasets):
         raise UsageError("sft needs --model_name_or_path and --dataset_name")
     base.model_name_or_path = os.path.expanduser(base.model_name_or_path)
-    located(base.model_name_or_path)
+    located(base.model_name_or_path, base.model_revision)
     goes_on = ours.overwrite or bool(training.resume_from_checkpoint)
     check_training(training.output_dir, base.model_name_or_path, goes_on)
     train, held_out = rows(script, mixture, training.eval_strategy != "no")
