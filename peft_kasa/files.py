@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writing a file, or a folder, whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,28 @@ from contextlib import contextmanager
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yields an empty folder beside `path`. The file of the same name that is written there takes the place of `path`.
+    """Yields an empty folder beside `path`. What is written there under the same name, a file or a folder, takes the
+    place of `path`.
 
-    An exception, or the end of the process, leaves what stood at `path` before.
+    An exception leaves what stood at `path` before, and so does the end of the process while a file is written.
     """
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as fresh:
         yield fresh
-        os.replace(os.path.join(fresh, name), path)
+        made = os.path.join(fresh, name)
+        if os.path.isdir(made) and os.path.isdir(path):
+            _replace_folder(made, path, os.path.join(fresh, ".replaced"))
+        else:
+            os.replace(made, path)
+
+
+def _replace_folder(made: str, path: str | os.PathLike[str], aside: str) -> None:
+    """Two renames, since none replaces a folder that is not empty. What was moved aside comes back if they fail."""
+    try:
+        os.replace(path, aside)
+        os.replace(made, path)
+    except BaseException:  # Ctrl-C between them, too
+        if os.path.isdir(aside) and not os.path.exists(path):
+            os.replace(aside, path)
+        raise

@@ -41,6 +41,12 @@ class Output:
                 self._shown.print(part, soft_wrap=isinstance(part, str))
         self.stream.flush()
 
+    def line(self, what: str) -> None:
+        """Says something after the result, beside tables alone."""
+        if not self.as_json:
+            self._shown.print(escape(what), soft_wrap=True)
+            self.stream.flush()
+
     def note(self, what: str) -> None:
         """Says on a terminal what is being done: libraries draw their own bars below."""
         if self._aside.is_terminal:

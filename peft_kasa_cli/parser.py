@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from . import exits
 
 MODEL = "a Hub id, a folder with config.json, or a .gguf file"
 ADAPTER = "the folder, or the Hub id, of a saved adapter"
+SHARED = {"--json": "print the result as JSON, and nothing else", "--debug": "show where an error came from"}
+PATH: Any = os.path.expanduser  # what a shell leaves of ~, as in --html=~/x.html
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -19,9 +23,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: after help or a version (0), or a message about what is wrong (2).
     """
-    if arguments and arguments[0] == "sft":  # TRL's own parser reads the rest
-        rest = [word for word in arguments[1:] if word not in ("--json", "--debug")]
-        return argparse.Namespace(command="sft", rest=rest, json="--json" in arguments, debug="--debug" in arguments)
+    rest = [word for word in arguments if word not in SHARED]
+    if rest and rest[0] == "sft":  # TRL's own parser reads the rest
+        given = {name.removeprefix("--"): name in arguments for name in SHARED}
+        return argparse.Namespace(command="sft", rest=rest[1:], **given)
     return build().parse_args(arguments)
 
 
@@ -32,6 +37,7 @@ def build() -> argparse.ArgumentParser:
         description="KaSA and the SVD family of fine-tuning methods for PEFT, from the command line.",
         epilog=exits.HELP,
     )
+    _shared(parser, False)
     parser.add_argument("--version", action="version", version=f"peft-kasa {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_methods, _spectrum, _inspect, _export, _merge, _convert, _decompose, _sft, _doctor):
@@ -47,23 +53,28 @@ def _adder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Add
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what, epilog=exits.HELP)
-        command.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
-        command.add_argument("--debug", action="store_true", help="show where an error came from")
+        _shared(command, argparse.SUPPRESS)
         return command
 
     return add
 
 
+def _shared(parser: argparse.ArgumentParser, default: Any) -> None:
+    """The options of all, before the command's name or after it: SUPPRESS leaves what was given before."""
+    for name, what in SHARED.items():
+        parser.add_argument(name, action="store_true", default=default, help=what)
+
+
 def _methods(add: Add) -> None:
     command = add("methods", "The family: what each method learns, how many numbers, and its rank as a LoRA.")
     command.add_argument("name", nargs="?", help="one method: its paper, its arguments and their defaults")
-    command.add_argument("--model", help=f"count what learns in this model ({MODEL}); no weights are read")
+    command.add_argument("--model", type=PATH, help=f"count what learns in this model ({MODEL}); no weights are read")
     command.add_argument("--r", type=int, help="the rank to count at (default: each method's own)")
 
 
 def _spectrum(add: Add) -> None:
     command = add("spectrum", "The singular spectra of a model's linear layers, and the ranks that they suggest.")
-    command.add_argument("model", help=MODEL)
+    command.add_argument("model", type=PATH, help=MODEL)
     command.add_argument(
         "--ranks", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="at which energy and KaSA's cut are given"
     )
@@ -76,15 +87,15 @@ def _spectrum(add: Add) -> None:
 
 def _inspect(add: Add) -> None:
     command = add("inspect", "What a saved adapter is: its method, ranks, sizes and the spectra of its updates.")
-    command.add_argument("adapter", help=ADAPTER)
-    command.add_argument("--base", help=f"also compare with the base's spectra ({MODEL})")
-    command.add_argument("--against", metavar="OTHER", help="another adapter to compare with")
+    command.add_argument("adapter", type=PATH, help=ADAPTER)
+    command.add_argument("--base", type=PATH, help=f"also compare with the base's spectra ({MODEL})")
+    command.add_argument("--against", type=PATH, metavar="OTHER", help="another adapter to compare with")
     _pages(command)
 
 
 def _pages(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--html", metavar="FILE", help="write a report with charts")
-    command.add_argument("--png", metavar="FILE", help="write a picture")
+    command.add_argument("--html", type=PATH, metavar="FILE", help="write a report with charts; FILE ends in .html")
+    command.add_argument("--png", type=PATH, metavar="FILE", help="write a picture; FILE ends in .png")
 
 
 def _export(add: Add) -> None:
@@ -110,23 +121,26 @@ def _convert(add: Add) -> None:
     )
     _adapter(command)
     command.add_argument(
-        "--initial", metavar="ADAPTER", help="the adapter as it was saved before training: for starts with random parts"
+        "--initial",
+        type=PATH,
+        metavar="ADAPTER",
+        help="the adapter as it was saved before training: for starts with random parts",
     )
 
 
 def _adapter(command: argparse.ArgumentParser) -> None:
     """What commands share that turn an adapter into a folder."""
-    command.add_argument("adapter", help=ADAPTER)
-    command.add_argument("out", help="the folder to write")
-    command.add_argument("--base", help=f"the base model (default: the one that the adapter names): {MODEL}")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    command.add_argument("adapter", type=PATH, help=ADAPTER)
+    command.add_argument("out", type=PATH, help="the folder to write")
+    command.add_argument("--base", type=PATH, help=f"the base model (default: the one that the adapter names): {MODEL}")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT where it holds an adapter or a model")
 
 
 def _decompose(add: Add) -> None:
     command = add(
         "decompose", "Compute a method's decompositions of a model ahead, into the cache. Run again, it goes on."
     )
-    command.add_argument("model", help=MODEL)
+    command.add_argument("model", type=PATH, help=MODEL)
     command.add_argument("--method", required=True, help="see `peft-kasa methods`")
     command.add_argument("--r", type=int, help="the rank (default: the method's own)")
     command.add_argument(
@@ -140,7 +154,7 @@ def _decompose(add: Add) -> None:
         help="further arguments of the method's config, such as truncation=4",
     )
     command.add_argument(
-        "--cache", metavar="FOLDER", help="default: $PEFT_KASA_CACHE, or ~/.cache/peft_kasa/decompositions"
+        "--cache", type=PATH, metavar="FOLDER", help="default: $PEFT_KASA_CACHE, or ~/.cache/peft_kasa/decompositions"
     )
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base, as you will train on it")
     command.add_argument("--device", help="where to compute, as you will train (default: CUDA if there is any)")

@@ -199,7 +199,8 @@ BAD: list[tuple[str, str]] = [  # {...} is a path in the folder
     ("inspect {base}", "has no adapter_config.json"),
     ("inspect {kasa} --base {nowhere}", "there is no such folder"),
     ("export {lora} {x}", "peft-kasa convert"),
-    ("export {kasa} {base}", "is there already"),
+    ("export {kasa} {lora}", "is there already"),
+    ("export {kasa} {base} --overwrite", "is what would be read"),
     ("export {kasa} {kasa} --overwrite", "is what would be read"),
     ("export {kasa} {train.jsonl}", "is a file"),
     ("export {kasa} {x} --rank 0", "rank has to be at least 1"),
@@ -216,10 +217,19 @@ BAD: list[tuple[str, str]] = [  # {...} is a path in the folder
     ("decompose {base} --method corda", "starts from scaled inputs of data"),
     ("decompose {base} --method pissa --r 65", "r has to be at most"),
     ("methods lora", NO_METHOD),
-    ("sft --model_name_or_path {nowhere} --dataset_name {train.jsonl} --use_cpu", "there is no such folder"),
-    ("sft --model_name_or_path {base} --dataset_name {no.jsonl} --use_cpu", "there is no such file"),
-    ("sft --model_name_or_path {base} --dataset_name {train.jsonl} --use_cpu --method lora", NO_METHOD),
-    ("sft --model_name_or_path {base} --dataset_name {train.jsonl} --use_cpu --lora_r 4", "--lora_r is of TRL's LoRA"),
+    (
+        "sft --model_name_or_path {nowhere} --dataset_name {train.jsonl} --output_dir {x} --use_cpu",
+        "there is no such folder",
+    ),
+    ("sft --model_name_or_path {base} --dataset_name {no.jsonl} --output_dir {x} --use_cpu", "there is no such file"),
+    (
+        "sft --model_name_or_path {base} --dataset_name {train.jsonl} --output_dir {x} --use_cpu --method lora",
+        NO_METHOD,
+    ),
+    (
+        "sft --model_name_or_path {base} --dataset_name {train.jsonl} --output_dir {x} --use_cpu --lora_r 4",
+        "--lora_r is of TRL's LoRA",
+    ),
 ]
 
 
@@ -237,7 +247,15 @@ def test_a_bad_input_is_one_line_and_1(works: Works, line: str, told: str) -> No
 
 
 @pytest.mark.parametrize(
-    "line", ["", "frobnicate", "export one", "merge a b --dtype int8", "sft --use_cpu --frobnicate 3"]
+    "line",
+    [
+        "",
+        "frobnicate",
+        "export one",
+        "merge a b --dtype int8",
+        "sft --output_dir x --use_cpu --frobnicate 3",
+        "sft --use_cpu",
+    ],
 )
 def test_a_bad_command_line_is_2(works: Works, line: str) -> None:
     done = works.run(*line.split(), code=2)
@@ -280,12 +298,12 @@ def test_an_interrupted_write_leaves_what_was_there(
     name, adapter = command.split()
     old = tmp_path / "old"
     old.mkdir()
-    (old / "kept").write_text("kept")
+    (old / "adapter_config.json").write_text("kept")
     for out in ("new", "old"):
         done = works.run(name, works.path(adapter), str(tmp_path / out), "--overwrite", code=130)
         assert done.err.splitlines()[-1] == "peft-kasa: interrupted"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    assert [path.name for path in old.iterdir()] == ["kept"]
+    assert [path.read_text() for path in old.iterdir()] == ["kept"]
 
 
 def test_the_folder_is_as_it_was_made(works: Works) -> None:

@@ -37,13 +37,16 @@ def build_config(method: str, given: Mapping[str, Any], words: Sequence[str] = (
     Args:
         method: its name.
         given: its fields; those that are None are left at the method's defaults.
-        words: further fields as "name=value", values as JSON or as plain text.
+        words: fields that `given` has not, as "name=value", values as JSON or as plain text.
 
     Raises:
-        ValueError: a field that the method has not, or a value of another type or out of range.
+        ValueError: a field that the method has not or that is in `given`, or a value of another type or out of range.
     """
     kind = config_class(method)
-    values = {name: value for name, value in given.items() if value is not None} | _assigned(words)
+    further = _assigned(words)
+    for name in given.keys() & further.keys():
+        raise ValueError(f"NAME=VALUE is for arguments that have no option of their own. Found {name}.")
+    values = {name: value for name, value in given.items() if value is not None} | further
     known = {field.name for field in fields(kind)} - HIDDEN
     for name in values:
         if name not in known:

@@ -9,17 +9,17 @@ from peft_kasa_cli.output import Output
 from ..adapter.starting import layers_of
 from ..sharing.from_lora import from_lora
 from .folders import check_free, size, whole_folder
-from .models import adapter_config, base_of, load_model
+from .models import adapter_config, base_of, load_base
 
 
 def run(args: Namespace, out: Output) -> None:
     """Writes the adapter, and says what it is now."""
-    check_free(args.out, args.overwrite, args.adapter, args.base, args.initial)
     lora = adapter_config(args.adapter)
+    check_free(args.out, args.overwrite, args.adapter, base_of(lora, args.base, args.adapter), args.initial)
     if args.initial is not None:
         adapter_config(args.initial)
     out.note("loading the base")
-    base = load_model(base_of(lora, args.base, args.adapter), task=lora.task_type)
+    base = load_base(lora, args.base, args.adapter)
     out.note(f"converting {args.adapter}")
     model = from_lora(base, args.adapter, args.initial)
     with whole_folder(args.out, args.overwrite) as folder:

@@ -23,9 +23,12 @@ def shapes(model: nn.Module, config: SpectralConfig) -> Counter[tuple[int, int]]
     return found
 
 
-def learns(config: SpectralConfig, sizes: Counter[tuple[int, int]]) -> int:
-    """How many numbers learn in modules of these shapes, with the rank of the config where it fits."""
-    return sum(count * _in_module(config, m, n) for (m, n), count in sizes.items())
+def learns(config: SpectralConfig, sizes: Counter[tuple[int, int]]) -> int | None:
+    """How many numbers learn in modules of these shapes. None: the config does not fit the smallest of them."""
+    try:
+        return sum(count * _in_module(config, m, n) for (m, n), count in sizes.items())
+    except ValueError:
+        return None
 
 
 def _in_module(config: SpectralConfig, m: int, n: int) -> int:

@@ -29,6 +29,7 @@ def run(args: Namespace, out: Output) -> None:
     cache = located(args.cache) or located(None) or located(True)
     assert cache is not None
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     out.note(f"loading {args.model}")
     model = load_model(args.model, args.dtype, device=device)
     before, began = {entry.key for entry in entries(cache.folder)}, time.monotonic()
@@ -53,7 +54,10 @@ def run(args: Namespace, out: Output) -> None:
         f"{asked} decompositions for {config.name}: {data['computed']} computed, {data['reused']} there already, in "
         f"{data['seconds']:.1f} s. {written / 1e6:.1f} MB added to {cache.folder}"
     )
-    out.result(data, line, f"Train with {VARIABLE}={cache.folder}, the same arguments, dtype and kind of device.")
+    if asked:
+        out.result(data, line, f"Train with {VARIABLE}={cache.folder}, the same arguments, dtype and kind of device.")
+    else:
+        out.result(data, f"{config.name} starts without decompositions: there is nothing to compute ahead.")
 
 
 def _targets(names: list[str]) -> list[str] | str:
@@ -66,6 +70,16 @@ def _check(config: SpectralConfig) -> None:
             f"{config.name} starts from {config.needs} of data, so nothing can be decomposed ahead. "
             "`calibrate(path=...)` keeps what it gathers in a file."
         )
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).item()  # a number: the meta device has none
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"--device has to be one that works here, see `peft-kasa doctor`. Found {name}: {reason}."
+        ) from error
 
 
 @contextmanager

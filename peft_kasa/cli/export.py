@@ -8,14 +8,15 @@ from peft_kasa_cli.output import Output, table
 
 from ..sharing.export import export_lora
 from .folders import check_free, size, whole_folder
-from .models import load_adapter
+from .models import adapter_config, base_of, load_adapter
 
 SHOWN = 5  # modules that lose most
 
 
 def run(args: Namespace, out: Output) -> None:
     """Writes the LoRA and says what it has lost, if it was cut."""
-    check_free(args.out, args.overwrite, args.adapter, args.base)
+    base = base_of(adapter_config(args.adapter), args.base, args.adapter)
+    check_free(args.out, args.overwrite, args.adapter, base)
     out.note(f"loading {args.adapter} and its base")
     model = load_adapter(args.adapter, args.base)
     with whole_folder(args.out, args.overwrite) as folder:

@@ -11,7 +11,7 @@ from peft_kasa_cli.output import Output, table
 
 from ..report import inspect
 from .models import adapter_config, adapter_folder, load_model
-from .reports import draw, written
+from .reports import check_pages, show
 
 UPDATE = {"module": "module", "rank": "r", "trained": "trained", "update_rank": "rank", "norm": "norm"}
 UPDATE |= {"spectral_norm": "largest", "effective_rank": "effective rank"}
@@ -33,21 +33,23 @@ OTHER = {
 
 def run(args: Namespace, out: Output) -> None:
     """Shows a row a module; with a base beside its weights, with another adapter beside that."""
+    check_pages(args)
     config = adapter_config(args.adapter)
+    if args.against is not None:
+        adapter_config(args.against)
     base = None
     if args.base is not None:
         out.note(f"loading {args.base}")
         base = load_model(args.base, task=config.task_type)
     other = None if args.against is None else adapter_folder(args.against)
     report = inspect(adapter_folder(args.adapter), base, other)
-    draw(report, args, out)
     rows = report.rows()
     tables = [_part("Updates", UPDATE, rows)]
     if base is not None:
         tables.append(_part("Beside the base's weights: overlaps with their top and bottom subspaces", BASE, rows))
     if other is not None:
         tables.append(_part(f"Beside the updates of {args.against}: overlaps of their subspaces", OTHER, rows))
-    out.result(report.to_dict(), *tables, report.summary(), *written(args))
+    show(report, args, out, *tables)
 
 
 def _part(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Table:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from argparse import Namespace
 
 from peft_kasa_cli.output import Output
 
+from ..adapter.files.checkpoint import DRIFT
 from ..adapter.starting import all_layers
 from .folders import check_free, size, whole_folder
 from .models import adapter_config, base_of, load_adapter, tokenizer_of
@@ -13,10 +16,14 @@ from .models import adapter_config, base_of, load_adapter, tokenizer_of
 
 def run(args: Namespace, out: Output) -> None:
     """Writes the merged model, and says what rounding to the weights' storage lost of the update."""
-    check_free(args.out, args.overwrite, args.adapter, args.base)
+    base = base_of(adapter_config(args.adapter), args.base, args.adapter)
+    check_free(args.out, args.overwrite, args.adapter, base)
     out.note(f"loading {args.adapter} and its base")
-    model = load_adapter(args.adapter, args.base, args.dtype)
-    tokenizer = tokenizer_of(base_of(adapter_config(args.adapter), args.base, args.adapter))
+    with warnings.catch_warnings():
+        if args.dtype != "auto":  # another storage was asked for
+            warnings.filterwarnings("ignore", re.escape(DRIFT))
+        model = load_adapter(args.adapter, args.base, args.dtype)
+    tokenizer = tokenizer_of(base)
     layers = list(all_layers(model))
     out.note(f"merging {len(layers)} modules into {args.out}")
     merged = model.merge_and_unload(safe_merge=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..methods.method import SpectralConfig
+from .hub import check_on_hub
 
 CLASSES = {  # by an adapter's task_type
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -23,6 +25,9 @@ CLASSES = {  # by an adapter's task_type
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+
+AGAIN = "Copy it again from its source, or save it again."
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, struct.error, SafetensorError)  # of files that are not whole
 
 
 def load_model(name: str, dtype: str = "auto", task: str | None = None, device: str | None = None) -> PreTrainedModel:
@@ -41,8 +46,8 @@ def load_model(name: str, dtype: str = "auto", task: str | None = None, device: 
     kind = torch.float32 if options and dtype == "auto" else dtype
     try:
         model = _class(folder, options, task).from_pretrained(folder, dtype=kind, **options)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise _damaged(name, error) from error
     if options:  # the weights are plain ones now
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -55,15 +60,15 @@ def load_config(name: str) -> Any:
     folder, options = located(name)
     try:
         return AutoConfig.from_pretrained(folder, **options)
-    except OSError as error:
-        raise ValueError(f"{name} has no config that can be read: {error}") from error
+    except UNREADABLE as error:
+        raise _damaged(name, error) from error
 
 
-def located(name: str) -> tuple[str, dict[str, Any]]:
+def located(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     """What transformers is to be given for a model: a name, and further arguments for a GGUF file.
 
     Raises:
-        ValueError: it is a path, and nothing that can be loaded lies there.
+        ValueError: nothing that can be loaded lies there, here or on the Hub.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -75,6 +80,7 @@ def located(name: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{name} has no config.json. Give a folder that save_pretrained of a model has written.")
         return str(path), {}
     _check_hub_id(name, path)
+    check_on_hub(name, "config.json", revision)
     return name, {}
 
 
@@ -94,8 +100,18 @@ def load_adapter(adapter: str, base: str | None, dtype: str = "auto") -> PeftMod
         raise ValueError(
             f"{adapter} is an adapter of type {kind}, none of this package. `peft-kasa convert` turns a LoRA into one."
         )
-    model = load_model(base_of(config, base, adapter), dtype, config.task_type)
-    return PeftModel.from_pretrained(model, adapter)
+    return PeftModel.from_pretrained(load_base(config, base, adapter, dtype), adapter)
+
+
+def load_base(config: Any, base: str | None, adapter: str, dtype: str = "auto") -> PreTrainedModel:
+    """The base model of an adapter: what was given, or what the adapter's config says."""
+    name = base_of(config, base, adapter)
+    try:
+        return load_model(name, dtype, config.task_type)
+    except ValueError as error:
+        if base is not None:
+            raise
+        raise ValueError(f"{adapter} names the base {name!r}. {error} Or give the base with --base.") from error
 
 
 def adapter_config(adapter: str) -> Any:
@@ -105,15 +121,13 @@ def adapter_config(adapter: str) -> Any:
         raise ValueError(
             f"{adapter} has no adapter_config.json. Give a folder that save_pretrained of an adapter has written."
         )
-    if path.is_dir():
-        return PeftConfig.from_pretrained(adapter)
-    _check_hub_id(adapter, path)
+    if not path.is_dir():
+        _check_hub_id(adapter, path)
+        check_on_hub(adapter, CONFIG_NAME)
     try:
         return PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{adapter} is no folder here, and nothing that could be read from the Hub: {error}"
-        ) from error
+    except UNREADABLE as error:
+        raise ValueError(f"{adapter}: {CONFIG_NAME} cannot be read: {_told(error)} {AGAIN}") from error
 
 
 def adapter_folder(adapter: str) -> str:
@@ -139,6 +153,16 @@ def tokenizer_of(name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} cannot be loaded: {_told(error)} {AGAIN}")
+
+
+def _told(error: Exception) -> str:
+    """A KeyError's text is the key alone."""
+    text = f"unknown {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return text.rstrip(". \n") + "."
 
 
 def _class(folder: str, options: dict[str, Any], task: str | None) -> Any:

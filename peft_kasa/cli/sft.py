@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from argparse import Namespace
 from typing import Any
@@ -12,6 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, S
 from peft_kasa_cli.exits import UsageError
 from peft_kasa_cli.output import Output
 
+from .folders import check_training
 from .models import located
 from .sft_arguments import AdapterArguments, check_no_lora
 from .sft_parts import begun, rows
@@ -26,6 +28,7 @@ def run(args: Namespace, out: Output) -> None:
     if {"-h", "--help"} & set(args.rest):
         parser.print_help(out.stream)
         return
+    _require_output(parser)
     script, training, base, mixture, ours, unknown = parser.parse_args_and_config(
         args.rest, return_remaining_strings=True
     )
@@ -35,7 +38,10 @@ def run(args: Namespace, out: Output) -> None:
     config = ours.config(base.use_rslora)
     if base.model_name_or_path is None or not (script.dataset_name or mixture.datasets):
         raise UsageError("sft needs --model_name_or_path and --dataset_name")
-    located(base.model_name_or_path)
+    base.model_name_or_path = os.path.expanduser(base.model_name_or_path)
+    located(base.model_name_or_path, base.model_revision)
+    goes_on = ours.overwrite or bool(training.resume_from_checkpoint)
+    check_training(training.output_dir, base.model_name_or_path, goes_on)
     train, held_out = rows(script, mixture, training.eval_strategy != "no")
     set_seed(training.seed)
     started = time.monotonic()
@@ -55,6 +61,13 @@ def run(args: Namespace, out: Output) -> None:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     if trainer.is_world_process_zero():
         _report(trainer, ours.method, time.monotonic() - started, out)
+
+
+def _require_output(parser: Any) -> None:
+    """On the command line or in the YAML file: TRL's own default would be a folder that nobody named."""
+    for action in parser._actions:
+        if action.dest == "output_dir":
+            action.required = True
 
 
 def _report(trainer: Any, method: str, seconds: float, out: Output) -> None:

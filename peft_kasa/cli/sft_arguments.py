@@ -29,6 +29,9 @@ class AdapterArguments:
     statistics: str | None = field(
         default=None, metadata={"help": "a file of `calibrate`, made if need be, for methods that start from data"}
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "write into output_dir although it holds an adapter, a model or checkpoints"}
+    )
     calibration_samples: int = field(default=256, metadata={"help": "rows of the training data that it is made from"})
 
     def config(self, use_rslora: bool = False) -> SpectralConfig:

@@ -9,7 +9,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-OPTIONAL = ("trl>=1.0", "datasets", "bitsandbytes", "gguf", "deepspeed", "torchao", "rich")
+OPTIONAL = ("trl>=1.0", "datasets", "bitsandbytes", "gguf", "deepspeed", "torchao")
 
 
 def versions() -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def versions() -> list[dict[str, Any]]:
         needed = [
             Requirement(text) for text in ("torch>=2.6", "peft>=0.21", "transformers>=5.0", "accelerate", "safetensors")
         ]
-    base = [known for known in needed if known.marker is None]
+    base = [*(known for known in needed if known.marker is None), Requirement("rich")]  # which this command needs
     optional = [Requirement(text) for text in OPTIONAL]
     return [_python(), *(_row(known, True) for known in base), *(_row(known, False) for known in optional)]
 

@@ -33,7 +33,7 @@ class Report(ABC):
         Raises:
             ImportError: Altair or vl-convert is missing.
         """
-        _drawing("page").write(self, path)
+        drawing("page").write(self, path)
 
     def to_png(self, path: str | os.PathLike[str], scale: float = 2.0) -> None:
         """Writes the charts as one light picture, `scale` pixels a point. Likewise.
@@ -41,11 +41,15 @@ class Report(ABC):
         Raises:
             ImportError: Altair or vl-convert is missing.
         """
-        _drawing("picture").write(self, path, scale)
+        drawing("picture").write(self, path, scale)
 
 
-def _drawing(name: str) -> Any:
-    """A module that draws, imported when it is asked for: numbers alone need no plotting library."""
+def drawing(name: str) -> Any:
+    """The module "page" or "picture", imported when it is asked for: numbers alone need no plotting library.
+
+    Raises:
+        ImportError: Altair or vl-convert is missing.
+    """
     try:
         return importlib.import_module(f"{__package__}.{name}")
     except ModuleNotFoundError as error:
