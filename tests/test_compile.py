@@ -221,9 +221,9 @@ def test_trainer_with_inductor_trains_as_without(member: Member, tiny: str, tmp_
 def test_inductor_gives_a_model_eagers_numbers(member: Member, kind: str, tiny: str) -> None:
     model = adapted(member, tiny, kind).train()
     assert_same(losses(model, whole(model, "inductor")), losses(model, model), 1e-4)
-    model.eval()
+    expected = logits(model.eval())  # before it is compiled: bitsandbytes repacks 4-bit weights in the first evaluation
     with torch.no_grad():
-        assert torch.allclose(whole(model, "inductor")(input_ids=tokens()).logits, logits(model), atol=1e-4)
+        assert torch.allclose(whole(model, "inductor")(input_ids=tokens()).logits, expected, atol=1e-4)
 
 
 @pytest.mark.real
