@@ -53,7 +53,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny random chat model."""
-    folder, words = str(tmp_path_factory.mktemp("chat")), tokenizer()
+    return make_chat_model(str(tmp_path_factory.mktemp("chat")))
+
+
+def make_chat_model(folder: str) -> str:
+    """Saves it, with its tokenizer."""
+    words = tokenizer()
     config = bases.fresh().config.to_dict() | {"vocab_size": len(words), "max_position_embeddings": 1024}
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
     words.save_pretrained(folder)
