@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from base_model import smollm2
+from fences import blocks
 from test_examples import make_chat_model
 from transcripts import laid_out, paragraphs, stage, told, transcripts
 
@@ -57,6 +58,11 @@ def head(group: list[str]) -> list[str]:
 def names(text: str) -> list[str]:
     """The first cells of a text's tables."""
     return [re.split(" {2,}", line.strip())[0] for group in paragraphs(text) if head(group) for line in group]
+
+
+def test_each_command_is_shown_once() -> None:
+    prompts = [line for block in blocks("console") for line in block.text.splitlines() if line[:12] == "$ peft-kasa "]
+    assert len(prompts) == len(SHOWN) > 10
 
 
 @pytest.mark.parametrize("command", TOLD)
