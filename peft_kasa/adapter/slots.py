@@ -89,10 +89,9 @@ def update(slots: Slots, config: SpectralConfig, scale: float) -> Product:
         return _product(right.T, scale * core_difference(slots, config), right)
     if "right0" in slots and "left" not in slots and "right" not in slots:
         return _product(slots["left0"].float(), scale * core_difference(slots, config), slots["right0"].float())
-    left, core, right = value(slots, config)
-    core = scale * core
+    left, core = _now(slots, "left"), scale * _core(_now(slots, "core"), slots, config)
     if "right0" not in slots:
-        return _product(left, core, right)
+        return _product(left, core, slots["right"].float())
     moved, parts = [], []
     if "left" in slots:
         moved.append(times(slots["left"].float(), core))
