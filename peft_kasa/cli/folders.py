@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import replacing
+from ..files import replacing, temporary_folder
 
 
 def check_free(out: str, overwrite: bool, *sources: str | None) -> None:
@@ -69,7 +68,7 @@ def check_writable(path: str) -> None:
     """Raises ValueError, before any work, where a file or folder cannot be written: something is written beside it."""
     nearest = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
     try:
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".peft-kasa."):
+        with temporary_folder(str(nearest), ".peft-kasa."):
             return
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {nearest}: {error.strerror}. Name a place that can be.") from error
