@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from . import exits
@@ -13,13 +14,13 @@ MEMORY = (
     "--target-modules or another --device, where the command has them."
 )
 SPACE = "There is too little space for what is to be written: free some, or name another place."
-FILES = "A file of weights was not read or written whole: see to the space there, or copy it again."
+FILES = "A file of weights is not whole: copy it again."
 LIMITS = {  # of the machine, by the error's name: the libraries of these are not imported here
     "OutOfMemoryError": MEMORY,
     "MemoryError": MEMORY,
     "SafetensorError": FILES,
 }
-TEXTS = {  # of torch's plain RuntimeErrors, which have no names of their own
+TEXTS = {  # of errors that have no names of their own: torch's RuntimeErrors, safetensors' of reading and writing
     "allocate memory": MEMORY,  # of the CPU's allocator, and of the system
     "not enough memory": MEMORY,
     "out of memory": MEMORY,
@@ -27,6 +28,7 @@ TEXTS = {  # of torch's plain RuntimeErrors, which have no names of their own
     "PytorchStreamWriter": SPACE,
     "inline_container": SPACE,
     "file write failed": SPACE,
+    "while serializing": SPACE,
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,7 +41,7 @@ def told(error: BaseException) -> tuple[int, str]:
         >>> told(ValueError("r has to be at least 1.\\n  Found 0."))
         (1, 'r has to be at least 1. Found 0.')
     """
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = _line(error)
     if isinstance(error, KeyboardInterrupt):
         ended = isinstance(error, Terminated)
         return (exits.TERMINATED, "terminated") if ended else (exits.INTERRUPTED, "interrupted")
@@ -50,21 +52,34 @@ def told(error: BaseException) -> tuple[int, str]:
         return exits.ENVIRONMENT, f"{line}. {_remedy(package)}" if package else line
     if isinstance(error, exits.UsageError):
         return exits.USAGE, line
-    if limit := _limit(error):
-        return exits.INPUT, f"{line.rstrip('.')}. {limit}"
+    for each in _met(error):
+        if limit := _limit(each):
+            line = _line(each)
+            return exits.INPUT, line if "target_modules" in line else f"{line.rstrip('.')}. {limit}"
     if isinstance(error, ValueError | TypeError | OSError):
         return exits.INPUT, line
     return exits.BUG, f"{type(error).__name__}: {line}. This was not foreseen: run it again with --debug and report it."
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _met(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that a library was handling when it met with it: of a disk that is full, say."""
+    met: BaseException | None = error
+    while met is not None:
+        yield met
+        met = None if met.__suppress_context__ else met.__context__
 
 
 def _limit(error: BaseException) -> str | None:
     """What to do where the machine is too small."""
     if isinstance(error, OSError):
         return SPACE if error.errno in FULL else MEMORY if error.errno == errno.ENOMEM else None
-    if type(error).__name__ in LIMITS:
-        return MEMORY if "allocate memory" in str(error) else LIMITS[type(error).__name__]
-    if isinstance(error, RuntimeError):
-        return next((limit for text, limit in TEXTS.items() if text in str(error)), None)
+    name = type(error).__name__
+    if name in LIMITS or isinstance(error, RuntimeError):
+        return next((limit for text, limit in TEXTS.items() if text in str(error)), LIMITS.get(name))
     return None
 
 

@@ -75,7 +75,8 @@ class _Note:
         if number in self.seen:
             _raise(number, frame)
         self.seen.append(number)
-        os.write(2, FINISHING.encode())  # a print may have been interrupted itself
+        line = f"\n{FINISHING}" if os.isatty(2) else FINISHING  # after ^C, or a bar
+        os.write(2, line.encode())  # a print may have been interrupted itself
 
 
 def _raise(number: int, _: FrameType | None) -> None:

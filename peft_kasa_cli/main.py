@@ -42,9 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, line = told(error)
+        _close_bars()
         if line:
             print(f"peft-kasa: {line}", file=sys.stderr)
         return code
+
+
+def _close_bars() -> None:
+    """Ends the lines of progress bars that an error has left open, so that its own line stands alone."""
+    loaded = sys.modules.get("tqdm")
+    for bar in list(getattr(getattr(loaded, "tqdm", None), "_instances", ())):
+        bar.close()
 
 
 @contextmanager

@@ -5,18 +5,25 @@ A process is as a user's, with its own signals, standard streams, end and exit c
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bases
 from launch import PATHS
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_kasa import KaSAConfig
 
 COMMANDS = ("convert", "decompose", "export", "inspect", "merge", "sft", "spectrum")
 LIBRARIES = ("altair", "vl_convert", "peft_kasa.report.page", "peft_kasa.report.picture")
@@ -79,18 +86,31 @@ def server() -> Iterator[Server]:
 
 
 def serve() -> None:
-    """Forks a process for each line."""
+    """Forks a process for each line of standard input, and answers with its exit code."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
     for name in COMMANDS:
         import_module(f"peft_kasa.cli.{name}")
     for name in LIBRARIES:
         import_module(name)
+    warm()
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
             become(request)
             return
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+
+
+def warm() -> None:
+    """Lets libraries import and build what they do at their first use."""
+    with tempfile.TemporaryDirectory() as folder:
+        bases.make(folder)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), KaSAConfig(target_modules=["q_proj"]))
+        model.save_pretrained(folder)
+    gc.collect()
+    gc.freeze()
 
 
 def become(request: dict[str, Any]) -> None:
@@ -131,7 +151,7 @@ def watch(request: dict[str, Any]) -> None:
         nonlocal seen, at
         if event not in WRITES or not _changes(event, words, request["cwd"]):
             return
-        told, number = f"{event} {words[0]}", seen
+        told, number = f"{event} {_within(words[0], request['cwd'])}", seen
         seen += 1
         notes.write(told + "\n")
         notes.flush()
@@ -143,11 +163,16 @@ def watch(request: dict[str, Any]) -> None:
 
 
 def _changes(event: str, words: tuple[Any, ...], folder: str) -> bool:
-    """Whether an event changes something in a folder, or in an open one."""
+    """Whether an event changes something below a folder, or in an open one."""
     if event == "open" and not words[2] & (os.O_WRONLY | os.O_RDWR):
         return False
-    within = not isinstance(words[0], int) and os.path.abspath(os.fsdecode(words[0])).startswith(folder)
-    return within or (event in ("os.remove", "os.rmdir") and words[1] != -1)
+    if event in ("os.remove", "os.rmdir") and words[1] != -1:
+        return True
+    return not isinstance(words[0], int) and not _within(words[0], folder).startswith(os.pardir)
+
+
+def _within(path: Any, folder: str) -> str:
+    return os.path.relpath(os.fsdecode(path), folder)
 
 
 if __name__ == "__main__":

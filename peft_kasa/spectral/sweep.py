@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import ranks, rules
-from .memory import memory_error
+from .memory import memory_error, reason
 from .products import exact_products
 from .threads import become_worker
 
@@ -124,5 +124,7 @@ def _run_one(job: Job) -> None:
         if kind is None:
             raise
         m, n = job.shape
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise kind(f"{job.name} ({m} x {n}): the memory of {job.device} does not suffice ({reason}).") from error
+        raise kind(
+            f"{job.name} ({m} x {n}): there is too little memory on {job.device} for its singular values and vectors "
+            f"({reason(error)}). Free some, compute on another device, or leave the module out of target_modules."
+        ) from error
