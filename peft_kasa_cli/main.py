@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["--version"])  # doctest: +SKIP
     """
     debug = False
+    _open_streams()
     try:
         args = parse(sys.argv[1:] if arguments is None else arguments)
         debug = args.debug
@@ -46,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if line:
             print(f"peft-kasa: {line}", file=sys.stderr)
         return code
+
+
+def _open_streams() -> None:
+    """Standard streams that were closed (`>&-`) lead nowhere: their numbers are not for other files."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process is there
 
 
 def _close_bars() -> None:

@@ -120,12 +120,17 @@ def become(request: dict[str, Any]) -> None:
     signal.alarm(PATIENCE)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run in the background
     os.chdir(request["cwd"])
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{request['notes']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdin = open(os.devnull)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(created(request, "out"), 1)
+    os.dup2(created(request, "err"), 2)
     watch(request)
     limit(request)
     sys.exit(main(request["words"]))
+
+
+def created(request: dict[str, Any], name: str) -> int:
+    """A file for what is noted of the process."""
+    return os.open(f"{request['notes']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
 
 def limit(request: dict[str, Any]) -> None:
@@ -144,7 +149,7 @@ def watch(request: dict[str, Any]) -> None:
 
     Several signals come one at an event, from there on.
     """
-    notes = open(f"{request['notes']}.events", "w")
+    notes = created(request, "events")
     at, left, seen = request.get("at"), list(request.get("signals", [signal.SIGINT])), 0
 
     def heard(event: str, words: tuple[Any, ...]) -> None:
@@ -153,8 +158,7 @@ def watch(request: dict[str, Any]) -> None:
             return
         told, number = f"{event} {_within(words[0], request['cwd'])}", seen
         seen += 1
-        notes.write(told + "\n")
-        notes.flush()
+        os.write(notes, f"{told}\n".encode())
         if left and (number == at or (isinstance(at, str) and at in told)):
             at = number + 1
             os.kill(os.getpid(), left.pop(0))
