@@ -103,7 +103,7 @@ def test_between_checkpoints_it_ends_at_once(forks: Server, work: Path) -> None:
 def test_the_result_is_finished_first(forks: Server, work: Path) -> None:
     again = "--save_strategy no --overwrite --learning_rate 1e-3"
     before = held(work / "unbroken")
-    ended = train(forks, work, "unbroken", again, at="open unbroken/.saving.", signals=[INT, INT])
+    ended = train(forks, work, "unbroken", again, at="/tokenizer_config.json", signals=[INT, INT])
     check_end(ended, INT)
     assert held(work / "unbroken") == before
     ended = train(forks, work, "unbroken", again, at="open unbroken/.saving.")
