@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     """
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as fresh:
+    with temporary_folder(folder, f".{name}.") as fresh:
         yield fresh
         made = os.path.join(fresh, name)
         if os.path.isdir(made) and os.path.isdir(path):
             _replace_folder(made, path, os.path.join(fresh, ".replaced"))
         else:
             os.replace(made, path)
+
+
+@contextmanager
+def temporary_folder(parent: str, prefix: str) -> Iterator[str]:
+    """Yields an empty folder in `parent`, which is removed at the end, even where Ctrl-C comes while it is removed."""
+    fresh = tempfile.mkdtemp(dir=parent, prefix=prefix)
+    try:
+        yield fresh
+    finally:
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
 
 
 def _replace_folder(made: str, path: str | os.PathLike[str], aside: str) -> None:

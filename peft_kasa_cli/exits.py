@@ -6,6 +6,7 @@ USAGE = 2  # the command line itself: argparse's own
 ENVIRONMENT = 3  # a package is missing, or something here does not work
 BUG = 4  # none of these was foreseen
 INTERRUPTED = 130  # Ctrl-C
+TERMINATED = 143  # SIGTERM
 
 
 class UsageError(Exception):
@@ -13,4 +14,4 @@ class UsageError(Exception):
 
 
 HELP = """exit codes: 0 done; 1 an input cannot be used; 2 the command line is wrong; 3 a package is missing or
-something here does not work; 4 an error nobody foresaw; 130 Ctrl-C"""
+something here does not work; 4 an error nobody foresaw; 130 Ctrl-C; 143 SIGTERM"""

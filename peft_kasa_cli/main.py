@@ -1,4 +1,4 @@
-"""From the command line to a command, and from its errors to one line and an exit code."""
+"""From the command line to a command, its output and its exit code."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from . import exits
+from .errors import told
+from .interrupts import heeding_sigterm
 from .parser import parse
 
-LIMITS = {  # of the machine, by the error's name: the libraries of these are not imported here
-    "OutOfMemoryError": "Give it more memory: another --device, a smaller --dtype, or fewer --target-modules.",
-    "MemoryError": "Give it more memory: a smaller --dtype, or fewer --target-modules.",
-    "SafetensorError": "A file of weights was not read or written whole: see to the space there, or copy it again.",
-}
 BARS = "TQDM_DISABLE"  # tqdm reads it when it is imported
 
 
@@ -32,12 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["--version"])  # doctest: +SKIP
     """
     debug = False
+    _open_streams()
     try:
         args = parse(sys.argv[1:] if arguments is None else arguments)
         debug = args.debug
         from .output import Output, results_only  # needs rich: without it, one line and a 3
 
-        with results_only() as stream, _calm(debug):
+        with heeding_sigterm(), results_only() as stream, _calm(debug):
             command = import_module(f"peft_kasa.cli.{args.command}")
             return command.run(args, Output(stream, args.json)) or exits.OK
     except SystemExit as end:  # argparse, after its own message
@@ -46,41 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, line = told(error)
+        _close_bars()
         if line:
             print(f"peft-kasa: {line}", file=sys.stderr)
         return code
 
 
-def told(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line for an error.
-
-    Examples:
-        >>> from peft_kasa_cli.main import told
-        >>> told(ValueError("r has to be at least 1.\\n  Found 0."))
-        (1, 'r has to be at least 1. Found 0.')
-    """
-    line = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyboardInterrupt):
-        return exits.INTERRUPTED, "interrupted"
-    if isinstance(error, BrokenPipeError):  # its reader has had enough
-        return exits.OK, ""
-    package = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ImportError) and package != "peft_kasa":
-        return exits.ENVIRONMENT, f"{line}. {_remedy(package)}" if package else line
-    if isinstance(error, exits.UsageError):
-        return exits.USAGE, line
-    if isinstance(error, ValueError | TypeError | OSError):
-        return exits.INPUT, line
-    limit = LIMITS.get(type(error).__name__)
-    if limit:
-        return exits.INPUT, f"{line.rstrip('.')}. {limit}"
-    return exits.BUG, f"{type(error).__name__}: {line}. This was not foreseen: run it again with --debug and report it."
+def _open_streams() -> None:
+    """Standard streams that were closed (`>&-`) lead nowhere: their numbers are not for other files."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process is there
 
 
-def _remedy(package: str) -> str:
-    if find_spec(package) is None:
-        return f"Install it: pip install {package}"
-    return f"Another version of {package} is needed here: pip install -U {package}"
+def _close_bars() -> None:
+    """Ends the lines of progress bars that an error has left open, so that its own line stands alone."""
+    loaded = sys.modules.get("tqdm")
+    for bar in list(getattr(getattr(loaded, "tqdm", None), "_instances", ())):
+        bar.close()
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import bases
+import forked
 import pytest
 
 
@@ -10,3 +13,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("tiny"))
     bases.make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[forked.Server]:
+    """Where processes of `peft-kasa` come from."""
+    with forked.server() as server:
+        yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -66,7 +67,7 @@ def test_a_config_that_cannot_be_read_is_named(
     assert "save it again" in line
 
 
-@pytest.mark.parametrize("content", ["{broken", '{"model_type": "frobnicate"}', "GGUF?"])
+@pytest.mark.parametrize("content", ["{broken", '{"hidden_size": 4}', "[1]", "GGUF?"])
 def test_a_base_that_cannot_be_read_is_named(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str
 ) -> None:
@@ -77,6 +78,21 @@ def test_a_base_that_cannot_be_read_is_named(
         line = last(call(capfd, *words, code=1))
         assert f"{bad} cannot be loaded" in line
         assert "Copy it again" in line
+
+
+def test_a_model_type_that_transformers_does_not_know(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "frobnicate"}')
+    out, bad = str(tmp_path / "out"), str(tmp_path)
+    sft = f"sft --model_name_or_path {bad} --dataset_name x --use_cpu --bf16 False --report_to none --output_dir {out}"
+    adapter = (str(made / "kasa"), out, "--base", bad)
+    decompose = ("decompose", bad, "--method", "pissa")
+    for words in (("spectrum", bad), ("export", *adapter), ("merge", *adapter), decompose, sft.split()):
+        line = last(call(capfd, *words, code=1))
+        assert f"{bad}: config.json has model_type 'frobnicate', which transformers " in line
+        assert line.endswith("Update it (pip install -U transformers), or give a model that it knows.")
+    assert not Path(out).exists()
 
 
 def test_a_base_that_only_the_adapter_names(
@@ -228,7 +244,15 @@ def test_a_package_that_is_too_old_is_updated() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [SafetensorError("No space left on device"), torch.OutOfMemoryError("2 GiB"), MemoryError()]
+    "error",
+    [
+        SafetensorError("No space left on device"),
+        torch.OutOfMemoryError("2 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOSPC, "No space left on device", "x"),
+    ],
 )
 def test_limits_of_the_machine_were_foreseen(error: BaseException) -> None:
     code, line = told(error)

@@ -195,6 +195,12 @@ def test_a_reader_that_has_had_enough_is_no_error(capfd: pytest.CaptureFixture[s
     assert "peft-kasa" not in capfd.readouterr().err
 
 
+def test_closed_streams_are_no_error() -> None:
+    line = f"exec {sys.executable} -m peft_kasa_cli methods --json >&- <&-"
+    done = subprocess.run(["sh", "-c", line], env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_gguf_files_are_models(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """llama.cpp keeps the rows of q and k in another order: the singular values are the same."""
     path = str(tmp_path / "tiny.gguf")

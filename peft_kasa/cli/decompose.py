@@ -15,8 +15,9 @@ from peft_kasa_cli.output import Output
 
 from ..adapter.starting import layers_of
 from ..methods.method import SpectralConfig
-from ..spectral.cache import Cache, entries, located
+from ..spectral.cache import Cache, entries, failures, located
 from .configs import build_config
+from .folders import check_writable
 from .models import load_model
 
 VARIABLE = "PEFT_KASA_CACHE"
@@ -28,17 +29,20 @@ def run(args: Namespace, out: Output) -> None:
     _check(config)
     cache = located(args.cache) or located(None) or located(True)
     assert cache is not None
+    check_writable(str(cache.folder), inside=True)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     out.note(f"loading {args.model}")
     model = load_model(args.model, args.dtype, device=device)
+    failures.pop(cache.folder, None)
     before, began = {entry.key for entry in entries(cache.folder)}, time.monotonic()
     with _caching(cache):
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]  # shows its own progress
     asked = sum(len(layer.adapters["default"].asks) for layer in layers_of(adapted, "default"))
     new = [entry for entry in entries(cache.folder) if entry.key not in before]
-    if asked and not new and not before:
-        raise OSError(f"{cache.folder} could not be written. Name a folder that can be with --cache.")
+    if problem := failures.get(cache.folder):
+        reason = f"{problem.strerror}, after {len(new)} of the decompositions; run again, it goes on from there"
+        raise OSError(problem.errno, reason, str(cache.folder)) from problem
     written = sum(entry.bytes for entry in new)
     data = {
         "cache": str(cache.folder),

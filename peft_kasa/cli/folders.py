@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import replacing
+from ..files import replacing, temporary_folder
 
 
 def check_free(out: str, overwrite: bool, *sources: str | None) -> None:
@@ -25,8 +24,7 @@ def check_free(out: str, overwrite: bool, *sources: str | None) -> None:
     path = Path(out)
     _check_apart(path, {source: f"what would be read ({source})" for source in sources if source})
     _check_apart(path, {os.getcwd(): "the folder that you work in"})
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{out} is a file. Name a folder.")
+    _check_no_file(path)
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise ValueError(f"{out} is there already, and not empty. Name another folder, or pass --overwrite.")
@@ -49,6 +47,7 @@ def check_training(out: str, base: str, goes_on: bool) -> None:
         ValueError: it may not.
     """
     path = Path(out)
+    _check_no_file(path)
     if path.exists() and os.path.exists(base) and path.samefile(base):
         raise ValueError(f"{out} is what would be read ({base}). Name another folder as --output_dir.")
     if not goes_on and (holds_model(path) or any(path.glob("checkpoint-*"))):
@@ -56,7 +55,7 @@ def check_training(out: str, base: str, goes_on: bool) -> None:
             f"{out} holds a training's files already. Name another folder as --output_dir, go on with "
             "--resume_from_checkpoint, or pass --overwrite."
         )
-    check_writable(out)
+    check_writable(out, inside=True)
 
 
 def holds_model(path: Path) -> bool:
@@ -65,11 +64,20 @@ def holds_model(path: Path) -> bool:
     return model or (path / "adapter_config.json").is_file()
 
 
-def check_writable(path: str) -> None:
-    """Raises ValueError, before any work, where a file or folder cannot be written: something is written beside it."""
-    nearest = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
+def check_writable(path: str, inside: bool = False) -> None:
+    """Makes sure, before any work, that something can be written beside a file or folder.
+
+    Args:
+        path: of it.
+        inside: whether it is a folder, there or not yet, that is written into.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    place = Path(os.path.realpath(path))
+    nearest = next(folder for folder in (*([place] if inside else []), *place.parents) if folder.exists())
     try:
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".peft-kasa."):
+        with temporary_folder(str(nearest), ".peft-kasa."):
             return
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {nearest}: {error.strerror}. Name a place that can be.") from error
@@ -92,6 +100,11 @@ def whole_folder(out: str, overwrite: bool) -> Iterator[str]:
 def size(folder: str) -> int:
     """The bytes of all files in a folder."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _check_no_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file. Name a folder.")
 
 
 def _check_apart(path: Path, others: dict[str, str]) -> None:

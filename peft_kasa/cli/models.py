@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..methods.method import SpectralConfig
 from .hub import check_on_hub
+from .unreadable import AGAIN, UNREADABLE, damaged, text_of
 
 CLASSES = {  # by an adapter's task_type
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -25,9 +24,6 @@ CLASSES = {  # by an adapter's task_type
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
-AGAIN = "Copy it again from its source, or save it again."
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, struct.error, SafetensorError)  # of files that are not whole
 
 
 def load_model(name: str, dtype: str = "auto", task: str | None = None, device: str | None = None) -> PreTrainedModel:
@@ -47,7 +43,7 @@ def load_model(name: str, dtype: str = "auto", task: str | None = None, device: 
     try:
         model = _class(folder, options, task).from_pretrained(folder, dtype=kind, **options)
     except UNREADABLE as error:
-        raise _damaged(name, error) from error
+        raise damaged(name, folder, options, error) from error
     if options:  # the weights are plain ones now
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -55,13 +51,21 @@ def load_model(name: str, dtype: str = "auto", task: str | None = None, device: 
     return model.to(device or "cpu").eval()  # type: ignore[arg-type]
 
 
-def load_config(name: str) -> Any:
-    """A model's config, without its weights."""
-    folder, options = located(name)
+def load_config(name: str, **more: Any) -> Any:
+    """A model's config, without its weights.
+
+    Args:
+        name: as for `load_model`.
+        more: for transformers, such as a `revision`.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    folder, options = located(name, more.get("revision"))
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        return AutoConfig.from_pretrained(folder, **options, **more)
     except UNREADABLE as error:
-        raise _damaged(name, error) from error
+        raise damaged(name, folder, options, error) from error
 
 
 def located(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -127,7 +131,7 @@ def adapter_config(adapter: str) -> Any:
     try:
         return PeftConfig.from_pretrained(adapter)
     except UNREADABLE as error:
-        raise ValueError(f"{adapter}: {CONFIG_NAME} cannot be read: {_told(error)} {AGAIN}") from error
+        raise ValueError(f"{adapter}: {CONFIG_NAME} cannot be read: {text_of(error)} {AGAIN}") from error
 
 
 def adapter_folder(adapter: str) -> str:
@@ -153,16 +157,6 @@ def tokenizer_of(name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _damaged(name: str, error: Exception) -> ValueError:
-    return ValueError(f"{name} cannot be loaded: {_told(error)} {AGAIN}")
-
-
-def _told(error: Exception) -> str:
-    """A KeyError's text is the key alone."""
-    text = f"unknown {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-    return text.rstrip(". \n") + "."
 
 
 def _class(folder: str, options: dict[str, Any], task: str | None) -> Any:

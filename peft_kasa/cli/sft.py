@@ -8,15 +8,16 @@ from argparse import Namespace
 from typing import Any
 
 from transformers import set_seed
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from peft_kasa_cli.exits import UsageError
 from peft_kasa_cli.output import Output
 
 from .folders import check_training
-from .models import located
+from .models import load_config
 from .sft_arguments import AdapterArguments, check_no_lora
 from .sft_parts import begun, rows
+from .sft_trainer import WholeSFTTrainer
 
 PARTS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, AdapterArguments)
 USAGE = "peft-kasa sft --model_name_or_path MODEL --dataset_name DATA --output_dir OUT [--method kasa] [--r 8] [...]"
@@ -39,14 +40,14 @@ def run(args: Namespace, out: Output) -> None:
     if base.model_name_or_path is None or not (script.dataset_name or mixture.datasets):
         raise UsageError("sft needs --model_name_or_path and --dataset_name")
     base.model_name_or_path = os.path.expanduser(base.model_name_or_path)
-    located(base.model_name_or_path, base.model_revision)
+    _check_known(base, training)
     goes_on = ours.overwrite or bool(training.resume_from_checkpoint)
     check_training(training.output_dir, base.model_name_or_path, goes_on)
     train, held_out = rows(script, mixture, training.eval_strategy != "no")
     set_seed(training.seed)
     started = time.monotonic()
     model, tokenizer, quantized = begun(training, base, ours, config, train)
-    trainer = SFTTrainer(
+    trainer = WholeSFTTrainer(
         model=model,
         args=training,
         train_dataset=train,
@@ -68,6 +69,12 @@ def _require_output(parser: Any) -> None:
     for action in parser._actions:
         if action.dest == "output_dir":
             action.required = True
+
+
+def _check_known(base: ModelConfig, training: SFTConfig) -> None:
+    """Raises ValueError, before any work, where there is no such model, or transformers does not know it."""
+    more = {"revision": base.model_revision} if base.model_revision else {}
+    load_config(base.model_name_or_path or "", trust_remote_code=training.trust_remote_code, **more)
 
 
 def _report(trainer: Any, method: str, seconds: float, out: Output) -> None:

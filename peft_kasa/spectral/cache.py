@@ -29,7 +29,7 @@ STALE = 3600.0  # seconds after which a writer's temporary folder is taken for a
 SUFFIX = ".kasa.safetensors"
 NAME = re.compile(rf"(\.?)[0-9a-f]{{32}}{re.escape(SUFFIX)}(.*)")
 Where = str | os.PathLike[str] | bool | None
-_warned: set[Path] = set()
+failures: dict[Path, OSError] = {}  # the first of each folder that an entry could not be written to
 
 
 class Cache:
@@ -97,8 +97,8 @@ class Cache:
             with replacing(self.folder / f"{key}{SUFFIX}") as fresh:
                 Path(fresh, f"{key}{SUFFIX}").write_bytes(data)
         except OSError as problem:
-            if self.folder not in _warned:
-                _warned.add(self.folder)
+            if self.folder not in failures:
+                failures[self.folder] = problem
                 logger.warning("no decompositions can be cached in %s, going on without: %s", self.folder, problem)
 
     def __repr__(self) -> str:

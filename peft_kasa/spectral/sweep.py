@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import ranks, rules
+from .memory import memory_error, reason
 from .products import exact_products
 from .threads import become_worker
 
@@ -79,7 +80,7 @@ def _run(jobs: list[Job], threads: int, workers: int | None, bar: tqdm) -> None:
     count = workers or (STREAMS if cuda else max(1, min(MOST, torch.get_num_threads() // threads)))
     if count == 1 or len(jobs) == 1:
         for job in jobs:
-            job.run()
+            _run_one(job)
             bar.update(job.weights)
         return
     for device in cuda:
@@ -104,11 +105,26 @@ def _work(job: Job, inference: bool) -> None:
     """Runs a job in a worker: on a stream of its own on CUDA, and in the caller's mode, as a new thread has its own."""
     with torch.inference_mode(inference):
         if job.device.type != "cuda":
-            job.run()
+            _run_one(job)
             return
         stream = torch.cuda.Stream(job.device)
         try:
             with torch.cuda.stream(stream):
-                job.run()
+                _run_one(job)
         finally:
             stream.synchronize()  # before anything it allocated is given to another stream
+
+
+def _run_one(job: Job) -> None:
+    """Runs a job. Where memory is too little, the error names the weight and its size."""
+    try:
+        job.run()
+    except (RuntimeError, MemoryError) as error:
+        kind = memory_error(error)
+        if kind is None:
+            raise
+        m, n = job.shape
+        raise kind(
+            f"{job.name} ({m} x {n}): there is too little memory on {job.device} for its singular values and vectors "
+            f"({reason(error)}). Free some, compute on another device, or leave the module out of target_modules."
+        ) from error
