@@ -17,7 +17,7 @@ from some_reports import adapter, each_kind
 
 from peft_kasa import KaSAConfig, SVFConfig
 from peft_kasa.report import inspect
-from peft_kasa.report.figures import CUT, DEPTHS, KINDS
+from peft_kasa.report.figures import CUT, DEPTHS, KINDS, Column, heat
 from peft_kasa.report.report import Report
 from peft_kasa.report.ticks import layer_ticks, log_ticks, thinned
 
@@ -215,3 +215,15 @@ def test_axes_name_values_that_lie_on_them() -> None:
     assert layer_ticks([0, 1]) == [0, 1]
     assert layer_ticks(range(30)) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
     assert (log_ticks([]), layer_ticks([])) == ([], [0])
+
+
+def test_a_cell_of_several_modules_tells_their_mean() -> None:
+    """Experts of one layer; what is not known of one does not count."""
+    rows = [
+        {"module": f"layers.0.experts.{i}.up", "kind": "up", "depth": 0, "norm": norm, "cosine": cosine}
+        for i, (norm, cosine) in enumerate([(1.0, None), (2.0, 0.5), (6.0, 0.7)])
+    ]
+    chart = heat(rows, Column("norm", "norm"), [Column("cosine", "cosine")]).to_dict()
+    assert chart["data"]["values"] == [
+        {"module": "layers.0.experts.0.up and 2 more, their mean", "kind": "up", "depth": 0, "norm": 3.0, "cosine": 0.6}
+    ]
