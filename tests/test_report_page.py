@@ -10,38 +10,24 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import bases
 import pytest
 import vl_convert
-from peft import get_peft_model
+from colours import contrast, of_hex
+from some_reports import adapter, each_kind
 
-from peft_kasa import KaSAConfig, PiSSAConfig, SVFConfig
-from peft_kasa.report import inspect, spectrum
-from peft_kasa.report.figures import thinned
+from peft_kasa import KaSAConfig, SVFConfig
+from peft_kasa.report import inspect
+from peft_kasa.report.figures import CUT, DEPTHS, KINDS, Column, heat
 from peft_kasa.report.report import Report
+from peft_kasa.report.ticks import layer_ticks, log_ticks, thinned
 
 TARGETS = ["0", "2", "4"]
 LOADS = {"src", "href", "srcset", "data", "action", "poster", "background"}  # attributes that name what a page fetches
 
 
-def adapter(folder: Path, config: Any) -> str:
-    model = get_peft_model(bases.fresh(), config)
-    bases.move(model)
-    model.save_pretrained(str(folder))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
-    """One of each kind, with all that they can show."""
-    folder = tmp_path_factory.mktemp("adapters")
-    one = adapter(folder / "one", KaSAConfig(r=4, target_modules="all-linear"))
-    other = adapter(folder / "other", PiSSAConfig(r=2, target_modules="all-linear"))
-    return {
-        "weights": spectrum(bases.fresh()),
-        "files": inspect(one),
-        "adapter": inspect(one, bases.fresh(), against=other),
-    }
+    return each_kind(tmp_path_factory.mktemp("adapters"))
 
 
 FIGURES = {
@@ -139,17 +125,9 @@ def test_a_page_follows_the_theme_and_narrow_screens(reports: dict[str, Report],
 
 def test_every_colour_is_seen_on_both_pages() -> None:
     """Contrast of at least 3 : 1 (WCAG 2.2, 1.4.11)."""
-    from peft_kasa.report.figures import CUT, DEPTHS, KINDS
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
     for colour in [*KINDS, *DEPTHS, CUT]:
         for ground in ("#ffffff", "#14171a"):
-            low, high = sorted([luminance(colour), luminance(ground)])
-            assert (high + 0.05) / (low + 0.05) >= 3, (colour, ground)
+            assert contrast(of_hex(colour), of_hex(ground)) >= 3, (colour, ground)
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -228,3 +206,24 @@ def test_lines_keep_both_ends_and_the_cut() -> None:
     assert {0, 1, 2, 575, 574, 567, 568} <= set(drawn)
     assert len(drawn) < 60
     assert thinned(3, 8) == [0, 1, 2]
+
+
+def test_axes_name_values_that_lie_on_them() -> None:
+    assert log_ticks([0.002, 3.0]) == [1e-3, 1e-2, 1e-1, 1.0, 10.0]
+    assert [value for value in log_ticks([0.6, 4.0]) if 0.6 <= value <= 4] == [1.0, 2.0]
+    assert len(log_ticks([1e-20, 1e20])) <= 8
+    assert layer_ticks([0, 1]) == [0, 1]
+    assert layer_ticks(range(30)) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert (log_ticks([]), layer_ticks([])) == ([], [0])
+
+
+def test_a_cell_of_several_modules_tells_their_mean() -> None:
+    """Experts of one layer; what is not known of one does not count."""
+    rows = [
+        {"module": f"layers.0.experts.{i}.up", "kind": "up", "depth": 0, "norm": norm, "cosine": cosine}
+        for i, (norm, cosine) in enumerate([(1.0, None), (2.0, 0.5), (6.0, 0.7)])
+    ]
+    chart = heat(rows, Column("norm", "norm"), [Column("cosine", "cosine")]).to_dict()
+    assert chart["data"]["values"] == [
+        {"module": "layers.0.experts.0.up and 2 more, their mean", "kind": "up", "depth": 0, "norm": 3.0, "cosine": 0.6}
+    ]

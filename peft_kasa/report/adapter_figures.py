@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .adapters import AdapterReport, ModuleUpdate
-from .figures import Column, Figure, bars, heat, spectra, thinned
+from .figures import Column, Figure, bars, heat, spectra
+from .ticks import thinned
 from .updates import COSINES, INTRUDERS
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
+
+from .ticks import layer_ticks, log_ticks
 
 Rows = Sequence[dict[str, Any]]
 
@@ -52,7 +53,7 @@ def heat(rows: Rows, value: Column, more: Sequence[Column] = (), kind: str = "li
         ends: the least and the largest of the scale. None: those of the values.
     """
     known = [row for row in rows if row[value.field] is not None]
-    fields = ["module", "kind", "depth", value.field, *(column.field for column in more)]
+    fields = [value.field, *(column.field for column in more)]
     scale = alt.Scale(scheme=AMOUNTS, type=kind, **({"domain": ends} if ends else {}))
     bar = alt.Legend(
         orient="bottom",
@@ -65,13 +66,13 @@ def heat(rows: Rows, value: Column, more: Sequence[Column] = (), kind: str = "li
     )
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     return (
-        alt.Chart(_values(known, fields))
+        alt.Chart(_values(_cells(known, fields), ["module", "kind", "depth", *fields]))
         .mark_rect()
         .encode(
             x=alt.X("depth:O", title="layer", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
             y=alt.Y("kind:N", title=None, sort=kinds, axis=alt.Axis(labelLimit=90)),
-            color=alt.Color(f"mean({value.field}):Q", title=value.title, scale=scale, legend=bar),
-            tooltip=[alt.Tooltip("min(module):N", title="module"), *(_mean(column) for column in (value, *more))],
+            color=alt.Color(f"{value.field}:Q", title=value.title, scale=scale, legend=bar),
+            tooltip=[MODULE, *(_tip(column) for column in (value, *more))],
         )
         .properties(height=26 * max(len(kinds), 3))
     )
@@ -83,9 +84,10 @@ def by_layer(rows: Rows, value: Column, more: Sequence[Column] = (), log: bool =
     fields = ["module", "kind", "depth", value.field, *(column.field for column in more)]
     picked = _picked(value)
     scale = alt.Scale(type="log" if log else "linear", nice=not log)
-    ticks = {"values": decades([row[value.field] for row in known])} if log else {}
+    ticks = {"values": log_ticks([row[value.field] for row in known])} if log else {}
+    layers = alt.Axis(values=layer_ticks([row["depth"] for row in known]), format="d")
     base = alt.Chart(_values(known, fields)).encode(
-        x=alt.X("depth:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False)),
+        x=alt.X("depth:Q", title="layer", axis=layers, scale=alt.Scale(nice=False)),
         y=alt.Y(f"{value.field}:Q", title=None, scale=scale, axis=alt.Axis(format=value.format, **ticks)),
         color=_kinds(rows),
         opacity=alt.condition(picked, alt.value(1), alt.value(0.12)),
@@ -132,7 +134,7 @@ def spectra(rows: Rows, depths: tuple[int, int], mark: tuple[float, float] | Non
     """
     names = list(dict.fromkeys(row["module"] for row in rows))
     places = [{"n": names.index(row["module"]), **row} for row in rows if row["i"] == 1]
-    tens = decades([row["s"] for row in rows])
+    ticks = log_ticks([row["s"] for row in rows])
     scale = alt.Scale(range=DEPTHS, domain=list(depths), interpolate="lab")
     base = alt.Chart(_values([{"n": names.index(row["module"]), **row} for row in rows], ["n", "i", "s"]))
     base = base.transform_lookup(
@@ -140,7 +142,7 @@ def spectra(rows: Rows, depths: tuple[int, int], mark: tuple[float, float] | Non
     )
     base = base.encode(
         x=alt.X("i:Q", title=None, axis=alt.Axis(format="d", tickCount=4), scale=alt.Scale(nice=False, zero=False)),
-        y=alt.Y("s:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g", values=tens)),
+        y=alt.Y("s:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g", values=ticks)),
         color=alt.Color("depth:Q", scale=scale, legend=None),
     )
     lines = base.mark_line(strokeWidth=0.9, opacity=0.8).encode(detail="n:N")
@@ -164,20 +166,6 @@ def bars(rows: Rows, x: Column, y: Column) -> alt.Chart:
         )
         .properties(height=HEIGHT)
     )
-
-
-def thinned(size: int, rank: int) -> list[int]:
-    """Which of so many indices are drawn: densely at both ends, and on both sides of a cut of this rank at either."""
-    steps = {int(1.35**power) for power in range(40)} | {0, rank - 1, rank}
-    return sorted({index for step in steps for index in (step, size - 1 - step) if 0 <= index < size})
-
-
-def decades(values: Sequence[float]) -> list[float]:
-    """The powers of ten within the range of positive values, and one below and above it; at most six of them."""
-    if not values:
-        return []
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    return [float(f"1e{power}") for power in range(low, high + 1, 1 + (high - low) // 6)]
 
 
 def _shade(mark: tuple[float, float]) -> alt.Chart:
@@ -209,5 +197,22 @@ def _tip(column: Column) -> alt.Tooltip:
     return alt.Tooltip(f"{column.field}:Q", title=column.title, format=column.format)
 
 
-def _mean(column: Column) -> alt.Tooltip:
-    return alt.Tooltip(f"mean({column.field}):Q", title=column.title, format=column.format)
+def _cells(rows: Rows, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each kind and layer: of several modules (experts) the means."""
+    held: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        held.setdefault((row["kind"], row["depth"]), []).append(row)
+    return [
+        {"module": _named(some), "kind": kind, "depth": depth, **{field: _mean(some, field) for field in fields}}
+        for (kind, depth), some in held.items()
+    ]
+
+
+def _named(rows: Rows) -> str:
+    first = str(rows[0]["module"])
+    return first if len(rows) == 1 else f"{first} and {len(rows) - 1} more, their mean"
+
+
+def _mean(rows: Rows, field: str) -> float | None:
+    known = [row[field] for row in rows if row[field] is not None]
+    return sum(known) / len(known) if known else None

@@ -31,12 +31,16 @@ figcaption { font-size: 0.8rem; color: var(--soft); overflow-wrap: anywhere; }
 .chart .role-axis-grid line { stroke: var(--line); }
 .chart .role-axis-tick line, .chart .role-axis-domain line { stroke: var(--soft); }
 #vg-tooltip-element { background: var(--fill) !important; color: var(--ink) !important;
-  border-color: var(--line) !important;  max-width: 90vw; overflow-wrap: anywhere; }
+  border-color: var(--line) !important; max-width: 90vw; overflow-wrap: anywhere; pointer-events: none; }
 #vg-tooltip-element table tr td.key { color: var(--soft) !important; }
+#vg-tooltip-element td { white-space: normal; }
+/* Vega puts it beside the pointer, which on a phone is often past the edge. */
+@media (max-width: 600px) { #vg-tooltip-element { left: 5vw !important; } }
 .scroll { overflow-x: auto; max-height: 75vh; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th[scope=row] { text-align: left; font-weight: normal; }
+th[scope=row], thead th:first-child { text-align: left; }
+th[scope=row] { font-weight: normal; }
 thead th { position: sticky; top: 0; background: var(--fill); }
 thead button { all: unset; cursor: pointer; font-weight: 600; white-space: nowrap; }
 thead button:focus-visible, .scroll:focus-visible { outline: 2px solid var(--link); }
@@ -50,6 +54,12 @@ for (const place of document.querySelectorAll(".chart")) {
   const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
   window.vegaEmbed(place, spec, { actions: false, renderer: "svg", tooltip: { theme: "custom" } });
 }
+const hide = () => document.getElementById("vg-tooltip-element")?.classList.remove("visible");
+addEventListener("scroll", hide, { passive: true });
+document.addEventListener("click", (event) => {
+  hide();  // and show again what a finger points at: a tap moves no pointer, which is what Vega waits for
+  if (event.target.closest(".chart")) event.target.dispatchEvent(new PointerEvent("pointermove", event));
+});
 const value = (row, column) => row.cells[column].dataset.value ?? row.cells[column].textContent;
 const compare = (a, b) => {
   if (a === "" || b === "") return a === b ? 0 : a === "" ? 1 : -1;

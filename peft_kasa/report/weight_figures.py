@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .figures import Column, Figure, bands, by_layer, heat, spectra, thinned
+from .figures import Column, Figure, bands, by_layer, heat, spectra
 from .measures import energies
+from .ticks import thinned
 from .weights import ModuleSpectrum, SpectrumReport
 
 
