@@ -86,7 +86,10 @@ class ParsedError(Exception):
 
 
 def script(path: str, arguments: list[str]) -> None:
-    """It is there, and its own parser takes the arguments; the script ends then, before its work."""
+    """It is there, and its own parser takes the arguments; the script ends then, before its work.
+
+    One that imports a program from elsewhere ends there.
+    """
     file, parse = ROOT / path, argparse.ArgumentParser.parse_args
     assert file.is_file(), f"{path} is not there"
     if "argparse" not in file.read_text():
@@ -94,6 +97,9 @@ def script(path: str, arguments: list[str]) -> None:
         return
 
     def ended(self: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") in ("a_file", "a_folder"):
+                action.type = str  # the reader has the data
         parse(self, *given)
         raise ParsedError
 
@@ -101,6 +107,9 @@ def script(path: str, arguments: list[str]) -> None:
         try:
             runpy.run_path(str(file), run_name="__main__")
         except ParsedError:
+            return
+        except ModuleNotFoundError as error:  # what it imports before it parses
+            assert str(error.name).split(".")[0] in ELSEWHERE, error
             return
         raise AssertionError(f"{path} ended without parsing its arguments")
 
