@@ -132,6 +132,10 @@ def test_merging_in_bf16_reports_what_rounding_lost(member: Member, tiny: str) -
         model.merge_adapter()
     worst = max(layer.merge_rounding for layer in spectral_layers(model))
     assert worst > 1e-3
+    model.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.unload()
 
 
 @each_base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from typing import Any
 
 import bases
@@ -159,6 +160,17 @@ def test_kasas_rules_of_truncation_differ_where_the_module_is_wide() -> None:
     code, *_ = reference(KASA).start(wide, R, 2.0, reference_truncation=True)
     assert distance(code, wide) < 1e-12
     assert distance(paper, wide) > 1e-3
+
+
+@pytest.mark.parametrize("given", [{"reference_truncation": True}, {"truncation": 0}, {"truncation": R}], ids=str)
+def test_kasa_warns_where_it_cuts_narrow_weights_unasked(given: dict[str, Any]) -> None:
+    narrow = {"r": R, "target_modules": ["0"]}
+    with pytest.warns(UserWarning, match=f"{R} triples out of weights with fewer rows.*reference_truncation=True"):
+        get_peft_model(nn.Sequential(nn.Linear(24, 12)), KaSAConfig(**narrow))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(nn.Sequential(nn.Linear(24, 12)), KaSAConfig(**narrow, **given))
+        get_peft_model(nn.Sequential(nn.Linear(12, 24)), KaSAConfig(**narrow))
 
 
 def test_kasas_samples_have_the_papers_distribution() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import effect
 import pytest
 import torch
-from bases import learning, load, move, steps, tokens
+from bases import learning, load, move, stack, steps, tokens
 from datasets import Dataset
 from effect import Step
 from members import REGULARIZED, Member
@@ -18,7 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from peft_kasa import penalty
+from peft_kasa import SORSAConfig, penalty
 from peft_kasa.training import regularise
 
 each_regularized = pytest.mark.parametrize("member", REGULARIZED, ids=str)
@@ -221,7 +225,7 @@ def test_only_active_adapters_count(member: Member, tiny: str) -> None:
 def _forgotten() -> None:
     for seen in (regularise._claimed, regularise._suspected, regularise._warned):
         seen.clear()
-    for layer in regularise.living:  # models of other tests
+    for layer in regularise.living():  # models of other tests
         for known in layer.adapters.values():
             known.trained = False
     return
@@ -269,7 +273,7 @@ def test_the_trainer_warns_and_logs(member: Member, tiny: str, tmp_path: Any) ->
     assert all(abs(value - before) < 0.2 * before + 1e-3 for value in logged)
     foreign = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(foreign, lambda _: 1.0)
-    with pytest.warns(UserWarning, match="are in no optimiser that steps"):
+    with pytest.warns(UserWarning, match="are in no optimiser that has stepped"):
         Trainer(model, arguments, train_dataset=DATA, optimizers=(foreign, schedule)).train()
 
 
@@ -279,3 +283,48 @@ def test_gradients_it_makes_do_not_share_memory(member: Member, tiny: str) -> No
     effect.sgd(model).step()
     made = [parameter.grad for parameter in learning(model) if parameter.grad is not None]
     assert len({gradient.untyped_storage().data_ptr() for gradient in made}) == len(made) > 0
+
+
+def test_what_the_user_has_frozen_does_not_move() -> None:
+    model = get_peft_model(stack(), SORSAConfig(r=2, gamma=10.0, target_modules=["0"]))
+    move(model, 0.1)
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+    frozen, other = (model.base_model.model[0].slots("default")[name] for name in ("right", "left"))
+    frozen.requires_grad_(False)
+    before, moved = frozen.clone(), other.clone()
+    model(torch.randn(3, 24)).sum().backward()
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    assert not torch.equal(other, moved)
+
+
+def test_a_penalty_may_be_a_number() -> None:
+    @dataclass(repr=False)
+    class Constant(SORSAConfig):
+        def penalty(self, trained: Any) -> float:
+            return 2.0
+
+    model = get_peft_model(stack(), Constant(r=2, target_modules=["0", "2"]))
+    assert penalty(model).item() == 2.0
+    model(torch.randn(3, 24)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_optimisers_step_while_other_threads_make_models() -> None:
+    model, done = get_peft_model(stack(), SORSAConfig(r=2, target_modules=["0"])), threading.Event()
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def step() -> int:
+        count = 0
+        while not done.is_set():
+            optimizer.step()
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool:
+        stepping = pool.submit(step)
+        copies = [copy.deepcopy(model) for _ in range(40)]
+        done.set()
+        assert stepping.result()
+    assert len(copies) == 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,12 +17,15 @@ from ..methods.site import Site, Start
 from ..spectral import Engine
 from ..spectral.checksum import checksum
 from ..spectral.plan import Outline, Solver
+from ..spectral.products import exact_products
 from . import slots as slot
 from .base.fingerprint import FINGERPRINT, SIDE, sketch
 from .base.sharding import whole
 from .files import anchors, checkpoint
 from .files.statistics import located
 from .known import Adapter
+
+_settling = threading.RLock()
 
 
 class Holder(nn.Module):
@@ -122,9 +126,15 @@ class Filling:
         Raises:
             ValueError: the method starts from statistics of data, and has none; or its ranks have not been chosen.
         """
-        known = self.adapters[adapter]
-        if not known.awaiting:
+        if not self.adapters[adapter].awaiting:
             return
+        exact, inferred = exact_products(self.base.device.type), torch.inference_mode(False)
+        with _settling, inferred, torch.no_grad(), exact:  # at a first forward pass, whatever it runs in
+            if self.adapters[adapter].awaiting:  # no other thread was first
+                self._settle(adapter)
+
+    def _settle(self: Any, adapter: str) -> None:
+        known = self.adapters[adapter]
         if checkpoint.arrived(self, adapter):
             slots = self.slots(adapter)
             if any(torch.isnan(slots[name]).any() for name in checkpoint.left_out(self, adapter)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from ..peft_type import PREFIX
 from ..spectral import LowRank
+from ..spectral.products import exact_products
 from . import slots as slot
 from .base.base_weight import BaseWeight
 from .base.sharding import at_hand, whole_shape, wholes
@@ -21,7 +23,14 @@ from .known import Adapter
 from .merging import Merging
 from .rows import mixed
 
-living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # for what acts at every optimiser's step
+_living: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()
+_counting = threading.RLock()  # a thread may step an optimiser while another makes or copies a model
+
+
+def living() -> list[SpectralLinear]:
+    """All layers of the process, for what acts at every optimiser's step."""
+    with _counting:
+        return list(_living)
 
 
 class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
@@ -52,13 +61,17 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        living.add(self)
+        self._count()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        living.add(self)  # copies and unpickled layers count too
+        self._count()  # copies and unpickled layers count too
         for known in self.adapters.values():
             known.trained = False
+
+    def _count(self) -> None:
+        with _counting:
+            _living.add(self)
 
     def forget(self, adapter: str) -> None:
         """Drops an adapter without choosing another (PEFT's `delete_adapter` does)."""
@@ -97,8 +110,9 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         for name in adapters:
             self.settle(name)
         every = {name: self.whole_slots(name) for name in adapters}
-        weight = self.original() if any(map(slot.through_base, every.values())) else None
-        return self.joint(every, weight).lowrank()
+        with exact_products(self.base.device.type):
+            weight = self.original() if any(map(slot.through_base, every.values())) else None
+            return self.joint(every, weight).lowrank()
 
     def joint(self, every: Mapping[str, slot.Slots], weight: Tensor | None) -> slot.Product:
         """The whole update of adapters with these slots, which `torch.vmap` may stack.
@@ -119,7 +133,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's update in float32 and in the layout of the base weight: (out, in), Conv1D's (in, out)."""
-        dense = self.lowrank(adapter).dense()
+        with exact_products(self.base.device.type):
+            dense = self.lowrank(adapter).dense()
         return dense.T if self.base.transposed else dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
+from ..spectral.products import exact_products
 from .base.sharding import in_parts
 
 
@@ -40,7 +41,8 @@ class Merging:
             return
         names = [*self.merged_adapters, *names]
         self.unmerge()
-        update = self.lowrank(*names).dense()
+        with exact_products(self.base.device.type):
+            update = self.lowrank(*names).dense()
         merged = self.base.matrix() + update
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"{self.name}: merging {names} gives NaN or infinite entries. The adapter seems broken.")
@@ -54,7 +56,7 @@ class Merging:
         """Puts the original weight back, bit for bit."""
         if self.merged_adapters:
             self.base.restore(self._original)
-        self._original, self.merged_adapters = None, []
+        self._original, self.merged_adapters, self.merge_rounding = None, [], 0.0
 
     @torch.no_grad()
     def original(self: Any) -> Tensor:

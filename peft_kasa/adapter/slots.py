@@ -136,7 +136,10 @@ def join(parts: list[Product]) -> Product:
 
 def _core(raw: Tensor, slots: Slots, config: SpectralConfig) -> Tensor:
     size = len(slots["right0"] if "right0" in slots else slots["right"])
-    return config.core(raw, slots.get("fixed"), size)
+    if raw.is_meta or not config.shapes_core:
+        return config.core(raw, slots.get("fixed"), size)
+    with torch.autocast(raw.device.type, enabled=False):  # rounded, C - C0 would lose a small update
+        return config.core(raw, slots.get("fixed"), size)
 
 
 def _product(left: Tensor, core: Tensor, right: Tensor) -> Product:

@@ -196,7 +196,8 @@ class SpectralModel(Combining, BaseTuner):
                 layer.base.undo()
         guard(self.model, False)
         model = super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs)
-        _report_rounding(layers)
+        if merge:
+            _report_rounding(layers)
         return model
 
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **given: Any) -> Any:
@@ -216,6 +217,7 @@ def _check_finite(layers: list[SpectralLinear], adapters: list[str] | None) -> N
 
 
 def _report_rounding(layers: list[SpectralLinear]) -> None:
+    layers = [layer for layer in layers if layer.merged]
     worst = max(layers, key=lambda layer: layer.merge_rounding, default=None)
     if worst is None or not worst.merge_rounding:
         return

@@ -85,7 +85,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _terms(optimizer: Optimizer) -> list[Term]:
     """The layers and adapters whose regulariser is on and whose parameters this optimiser steps."""
-    every = [(layer, name) for layer in living for name in _regularized(layer)]
+    every = [(layer, name) for layer in living() for name in _regularized(layer)]
     if not every:
         return []
     held = Held(optimizer)
@@ -113,9 +113,13 @@ def _term(layer: SpectralLinear, adapter: str) -> Tensor:
 def _penalties(known: Adapter, value: LowRank) -> Tensor:
     """The regulariser of one module, or of each of several alike, stacked along a first dimension."""
     count = known.peers if known.config.reduction == "mean" else 1
-    penalty_of = known.config.penalty if value.left.ndim == 2 else torch.vmap(known.config.penalty)
+
+    def penalty_of(value: LowRank) -> Tensor:
+        return torch.as_tensor(known.config.penalty(value), dtype=value.left.dtype, device=value.left.device)
+
+    every = penalty_of if value.left.ndim == 2 else torch.vmap(penalty_of)
     with torch.autocast(value.left.device.type, enabled=False):
-        return torch.as_tensor(penalty_of(value)) / count  # type: ignore[arg-type]
+        return every(value) / count
 
 
 def _add_gradient(terms: list[Term], optimizer: Optimizer, with_value: bool = False) -> Tensor | float:
@@ -130,7 +134,9 @@ def _add_gradient(terms: list[Term], optimizer: Optimizer, with_value: bool = Fa
             slots = layer.slots(name)
             for slot, gradient in zip(LEARNABLE, gradients, strict=True):
                 parameter = slots.get(slot)
-                if gradient is None or parameter is None or parameter not in held or _has_it(parameter):
+                if gradient is None or parameter is None or not parameter.requires_grad:
+                    continue
+                if parameter not in held or _has_it(parameter):
                     continue
                 added = gradient[index] if scale is None else gradient[index] * scale.to(gradient)
                 if not held.add_to_flat(parameter, added):
@@ -160,6 +166,8 @@ def _gradients(alike: list[Term]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     with torch.enable_grad():
         stacked = LowRank(*(torch.stack(parts).requires_grad_() for parts in zip(*values, strict=True)))
         total = _penalties(layer.adapters[name], stacked).sum()
+        if not total.requires_grad:  # a constant
+            return total, (None, None, None)
         return total.detach(), torch.autograd.grad(total, stacked, allow_unused=True)
 
 
@@ -206,8 +214,8 @@ def warn_unheld(terms: Iterable[Term]) -> None:
     """Warns that the regulariser of these has no optimiser to act through."""
     layer, name = next(iter(terms))
     warnings.warn(
-        f"{layer.name}: the parameters of adapter {name!r} are in no optimiser that steps, so its regulariser "
-        f"({layer.adapters[name].config.name}) does not act. Give them to the optimiser, or set regularize=False and "
-        f"add `peft_kasa.penalty(model, {name!r})` to the loss yourself.",
+        f"{layer.name}: the parameters of adapter {name!r} are in no optimiser that has stepped so far, so its "
+        f"regulariser ({layer.adapters[name].config.name}) has not acted. Give them to one that does, or set "
+        f"regularize=False and add `peft_kasa.penalty(model, {name!r})` to the loss yourself.",
         stacklevel=2,
     )
