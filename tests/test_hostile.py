@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_kasa import SpectralLinear, Statistics, average_cores, calibrate
+from peft_kasa import SpectralLinear, Statistics, average_cores, calibrate, hotswap_adapter
 
 TARGETS = ["0", "2", "4"]
 KASA = next(member for member in MEMBERS if member.name == "kasa")
@@ -237,6 +237,8 @@ def test_a_pickle_is_never_read(pickled: str) -> None:
     model = get_peft_model(bases.stack(), KASA.config(target_modules=TARGETS))
     with pytest.raises(ValueError, match=said):  # into an adapter that is there: no config is read
         model.load_adapter(pickled, "default")
+    with pytest.raises(ValueError, match=said):
+        hotswap_adapter(model, pickled)
     with pytest.raises(ValueError, match=said):
         average_cores([pickled], "mean")
     assert not os.path.exists("it-went-off")

@@ -65,6 +65,7 @@ REFUSED = [
     (NLoRAConfig(r=3, target_modules=["0", "2"]), r"0: \w+ has to be of shape"),
     (NLoRAConfig(r=2, target_modules=["0"]), r"2: the adapter's file lacks"),
     (NLoRAConfig(r=2, target_modules=["0", "2", "4"]), r"4: the adapter's file has \w+, which nothing"),
+    (NLoRAConfig(**ONE, save_frames=False), "save_frames has to be True, as in the loaded adapter"),
     (NLoRAConfig(**ONE, modules_to_save=["4"]), r"has to train its updates only.*Found \['4'\]"),
 ]
 
