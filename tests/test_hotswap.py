@@ -85,6 +85,24 @@ def test_a_merged_adapter_is_refused(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"0: adapter 'default' has to be unmerged"):
         hotswap_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"0: adapter 'default' has to be unmerged"):
+        model.load_adapter(str(tmp_path), "default")
+
+
+def test_another_adapter_may_be_merged(tmp_path: Path) -> None:
+    """The file is checked against the base weight without what is merged into it, which stays merged."""
+    model = saved(NLoRAConfig(**ONE), stack(), tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    move(model, seed=2)
+    model.add_adapter("other", PiSSAConfig(**ONE))
+    model.set_adapter("other")
+    move(model, size=0.5)
+    model.merge_adapter(["other"])
+    merged = model.base_model.model[0].stored.clone()
+    hotswap_adapter(model, tmp_path)
+    assert torch.equal(model.base_model.model[0].stored, merged)
+    model.unmerge_adapter()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_peft_refuses_to_swap_by_itself(tmp_path: Path) -> None:
