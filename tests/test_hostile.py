@@ -128,6 +128,30 @@ def test_what_the_family_itself_writes_is_taken(member: Member, tmp_path: Path) 
     assert PeftConfig.from_pretrained(tmp_path) == config
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"regularize": 0}, "KaSAConfig: regularize has to be bool. Found 0: give such a value"),
+        ({"use_rslora": 0}, "KaSAConfig: use_rslora has to be bool"),
+        ({"init_weights": 0}, "KaSAConfig: init_weights has to be bool"),
+        ({"reference_truncation": 0}, "KaSAConfig: reference_truncation has to be bool"),
+        ({"modules_to_save": "x"}, "KaSAConfig: modules_to_save has to be"),
+        ({"rank_pattern": {"q": None}}, "KaSAConfig: rank_pattern has to be"),
+        ({"target_modules": r"(\w+\.)*(0|2)"}, "KaSAConfig: target_modules has a repeat or a choice inside a repeat"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_loaded_again_is_refused_before_training(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        KASA.config(**fields)
+
+
+def test_all_ranks_are_loaded_again(tmp_path: Path) -> None:
+    model = get_peft_model(bases.stack(), CORE.config(r=None, target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(bases.stack(), tmp_path).peft_config["default"].r is None
+
+
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
