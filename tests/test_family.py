@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from bases import BASES, FLOATS, learning, load, logits, move, steps
+from bases import BASES, FLOATS, learning, load, logits, move, stack, steps
 from members import IDENTICAL, MEMBERS, Member
 from peft import get_peft_model
 from transformers import PreTrainedModel
@@ -132,6 +132,17 @@ def test_merging_in_bf16_reports_what_rounding_lost(member: Member, tiny: str) -
         model.merge_adapter()
     worst = max(layer.merge_rounding for layer in spectral_layers(model))
     assert worst > 1e-3
+
+
+@pytest.mark.parametrize("member", IDENTICAL, ids=str)
+def test_a_float64_base_is_not_rounded_by_a_merge(member: Member) -> None:
+    base = stack().double()
+    with torch.no_grad():
+        for place in (0, 2, 4):
+            base[place].weight.mul_(1 + 1e-10)  # no float32 numbers any more
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = get_peft_model(base, member.config(target_modules=["0", "2", "4"])).merge_and_unload()
+    assert all(torch.equal(value, before[name]) for name, value in merged.state_dict().items())
 
 
 @each_base
