@@ -158,8 +158,8 @@ def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: di
 
 
 def _check_others(model: nn.Module, adapter: str, state: dict[str, Tensor], biases: set[str]) -> None:
-    """What a file may hold besides slots: modules_to_save, trained tokens, resized embeddings, and biases that its
-    config trains. Never a base weight.
+    """What a file may hold besides slots: modules_to_save, trained tokens, biases that its config trains, and the
+    embeddings, which PEFT saves whole (`save_embedding_layers`) and loads over the base's. No other base weight.
     """
     shapes = {_bare(name): tuple(value.shape) for name, value in model.named_parameters()} if state else {}
     for key, value in state.items():
