@@ -294,6 +294,17 @@ def test_a_copy_made_while_merged_is_its_own(member: Member, kind: str, tiny: st
 
 
 @each_member
+def test_a_copy_holds_what_learns_once(member: Member) -> None:
+    """Its masters are its own slots, as those of what was copied are."""
+    model = get_peft_model(stack(), member.config(target_modules=["0", "2", "4"]))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for layer in spectral_layers(twin):
+            slots, masters = layer.slots("default"), layer.adapters["default"].masters
+            assert set(masters) == layer.learnt("default")
+            assert all(slots[name].data_ptr() == value.data_ptr() for name, value in masters.items())
+
+
+@each_member
 def test_compiles_to_one_graph(member: Member, tiny: str) -> None:
     layer = spectral_layers(get_peft_model(load(tiny), member.config()))[0]
     x = torch.randn(3, layer.in_features)
