@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from bases import BASES, FLOATS, learning, load, logits, move, steps
+from bases import BASES, FLOATS, learning, load, logits, move, stack, steps
 from members import IDENTICAL, MEMBERS, Member
 from peft import get_peft_model
 from transformers import PreTrainedModel
@@ -136,6 +136,17 @@ def test_merging_in_bf16_reports_what_rounding_lost(member: Member, tiny: str) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.unload()
+
+
+@pytest.mark.parametrize("member", IDENTICAL, ids=str)
+def test_a_float64_base_is_not_rounded_by_a_merge(member: Member) -> None:
+    base = stack().double()
+    with torch.no_grad():
+        for place in (0, 2, 4):
+            base[place].weight.mul_(1 + 1e-10)  # no float32 numbers any more
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = get_peft_model(base, member.config(target_modules=["0", "2", "4"])).merge_and_unload()
+    assert all(torch.equal(value, before[name]) for name, value in merged.state_dict().items())
 
 
 @each_base
@@ -284,6 +295,17 @@ def test_a_copy_made_while_merged_is_its_own(member: Member, kind: str, tiny: st
         twin.unmerge_adapter()
         assert torch.equal(logits(twin), expected)
         assert torch.equal(logits(model), merged)
+
+
+@each_member
+def test_a_copy_holds_what_learns_once(member: Member) -> None:
+    """Its masters are its own slots, as those of what was copied are."""
+    model = get_peft_model(stack(), member.config(target_modules=["0", "2", "4"]))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for layer in spectral_layers(twin):
+            slots, masters = layer.slots("default"), layer.adapters["default"].masters
+            assert set(masters) == layer.learnt("default")
+            assert all(slots[name].data_ptr() == value.data_ptr() for name, value in masters.items())
 
 
 @each_member

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,9 +267,11 @@ def test_weights_that_give_no_mean_are_refused(weights: list[float], said: str, 
 
 def test_no_folder_is_refused(tmp_path: Path) -> None:
     is_refused([], tmp_path, "folders has to name at least one adapter")
-    with pytest.raises(FileNotFoundError):
-        average_cores([tmp_path / "none"], tmp_path / "mean")
-    assert not (tmp_path / "mean").exists()
+    missing = str(tmp_path / "none")
+    is_refused([missing], tmp_path, re.escape(missing), r"has no adapter_config\.json that can be read")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "adapter_config.json").write_text("{")
+    is_refused([missing], tmp_path, re.escape(missing), r"has no adapter_config\.json that can be read")
 
 
 # Interruptions ----------------------------------------------------------------------------------------------------

@@ -199,6 +199,17 @@ def test_an_error_takes_back_all_that_was_made(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
+def test_a_model_that_peft_cannot_wrap_stays_as_it_was(tiny: str, tmp_path: Path) -> None:
+    """PEFT's class for causal language models asks for what a model without its head lacks, once all is wrapped."""
+    saved(tiny, tmp_path, {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"})
+    body = bases.load(tiny).model
+    with pytest.raises(AttributeError, match="prepare_inputs_for_generation"):
+        from_lora(body, tmp_path / "lora")
+    assert all(linear(layer.self_attn.q_proj) for layer in body.layers)
+    assert all(parameter.requires_grad for parameter in body.parameters())
+    assert not hasattr(body, "peft_config")
+
+
 def test_transposed_and_quantised_bases(tiny: str, tmp_path: Path) -> None:
     """Conv1D keeps its weight the other way round; a 4-bit base has the update on what it dequantises to."""
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_kasa import SpectralLinear, Statistics, average_cores, calibrate
+from peft_kasa import SpectralLinear, Statistics, average_cores, calibrate, hotswap_adapter
 
 TARGETS = ["0", "2", "4"]
 KASA = next(member for member in MEMBERS if member.name == "kasa")
@@ -126,6 +126,30 @@ def test_what_the_family_itself_writes_is_taken(member: Member, tmp_path: Path) 
     config = member.config(**({"target_modules": r"(.*\.)?[024]{1}"} | given))
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"regularize": 0}, "KaSAConfig: regularize has to be bool. Found 0: give such a value"),
+        ({"use_rslora": 0}, "KaSAConfig: use_rslora has to be bool"),
+        ({"init_weights": 0}, "KaSAConfig: init_weights has to be bool"),
+        ({"reference_truncation": 0}, "KaSAConfig: reference_truncation has to be bool"),
+        ({"modules_to_save": "x"}, "KaSAConfig: modules_to_save has to be"),
+        ({"rank_pattern": {"q": None}}, "KaSAConfig: rank_pattern has to be"),
+        ({"target_modules": r"(\w+\.)*(0|2)"}, "KaSAConfig: target_modules has a repeat or a choice inside a repeat"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_loaded_again_is_refused_before_training(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        KASA.config(**fields)
+
+
+def test_all_ranks_are_loaded_again(tmp_path: Path) -> None:
+    model = get_peft_model(bases.stack(), CORE.config(r=None, target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(bases.stack(), tmp_path).peft_config["default"].r is None
 
 
 # Weights ----------------------------------------------------------------------------------------------------------
@@ -237,6 +261,8 @@ def test_a_pickle_is_never_read(pickled: str) -> None:
     model = get_peft_model(bases.stack(), KASA.config(target_modules=TARGETS))
     with pytest.raises(ValueError, match=said):  # into an adapter that is there: no config is read
         model.load_adapter(pickled, "default")
+    with pytest.raises(ValueError, match=said):
+        hotswap_adapter(model, pickled)
     with pytest.raises(ValueError, match=said):
         average_cores([pickled], "mean")
     assert not os.path.exists("it-went-off")

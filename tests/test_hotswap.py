@@ -65,6 +65,7 @@ REFUSED = [
     (NLoRAConfig(r=3, target_modules=["0", "2"]), r"0: \w+ has to be of shape"),
     (NLoRAConfig(r=2, target_modules=["0"]), r"2: the adapter's file lacks"),
     (NLoRAConfig(r=2, target_modules=["0", "2", "4"]), r"4: the adapter's file has \w+, which nothing"),
+    (NLoRAConfig(**ONE, save_frames=False), "save_frames has to be True, as in the loaded adapter"),
     (NLoRAConfig(**ONE, modules_to_save=["4"]), r"has to train its updates only.*Found \['4'\]"),
 ]
 
@@ -84,6 +85,24 @@ def test_a_merged_adapter_is_refused(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"0: adapter 'default' has to be unmerged"):
         hotswap_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"0: adapter 'default' has to be unmerged"):
+        model.load_adapter(str(tmp_path), "default")
+
+
+def test_another_adapter_may_be_merged(tmp_path: Path) -> None:
+    """The file is checked against the base weight without what is merged into it, which stays merged."""
+    model = saved(NLoRAConfig(**ONE), stack(), tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    move(model, seed=2)
+    model.add_adapter("other", PiSSAConfig(**ONE))
+    model.set_adapter("other")
+    move(model, size=0.5)
+    model.merge_adapter(["other"])
+    merged = model.base_model.model[0].stored.clone()
+    hotswap_adapter(model, tmp_path)
+    assert torch.equal(model.base_model.model[0].stored, merged)
+    model.unmerge_adapter()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_peft_refuses_to_swap_by_itself(tmp_path: Path) -> None:

@@ -66,8 +66,13 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._count()  # copies and unpickled layers count too
-        for known in self.adapters.values():
+        for adapter, known in self.adapters.items():
             known.trained = False
+            known.masters |= {
+                name: v.data
+                for name, v in self.peft_kasa_learnt[adapter].named_parameters()
+                if v.dtype == torch.float32
+            }
 
     def _count(self) -> None:
         with _counting:

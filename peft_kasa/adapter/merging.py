@@ -43,12 +43,12 @@ class Merging:
         self.unmerge()
         with exact_products(self.base.device.type):
             update = self.lowrank(*names).dense()
-        merged = self.base.matrix() + update
+        merged = self.base.exact() + update
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"{self.name}: merging {names} gives NaN or infinite entries. The adapter seems broken.")
         self._original = self.base.overwrite(merged, self)
         self.merged_adapters = names
-        lost = (self.base.matrix() - merged).norm() / update.norm()
+        lost = (self.base.exact() - merged).norm() / update.norm()
         self.merge_rounding = lost.nan_to_num(posinf=0.0).item()
 
     @torch.no_grad()

@@ -71,7 +71,8 @@ def calibrate(
 
     Returns:
         What the adapter has started from, and what `statistics` of the config is. Without a `path`, gradients, and
-        moments where `memory` is given, are freed once an adapter has started from them: `statistics` is None then.
+        moments where `memory` is given, are freed once an adapter that is there has started from them: `statistics` is
+        None then. Where a config is given, they live as long as it refers to them, for it may start other adapters.
 
     Raises:
         ValueError: the method needs no data; data that cannot be used; a module that it never calls, or that gets no

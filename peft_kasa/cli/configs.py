@@ -8,7 +8,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from ..adapter.files import file_fields
+from ..methods import typed
 from ..methods.method import SpectralConfig, methods
 
 HIDDEN = {"method", "peft_type", "auto_mapping", "peft_version", "inference_mode", "statistics", "init_weights"}
@@ -53,7 +53,7 @@ def build_config(method: str, given: Mapping[str, Any], words: Sequence[str] = (
             raise ValueError(
                 f"{kind.__name__} has no argument {name!r}.{_near(name, known)} `peft-kasa methods {kind.name}`"
             )
-    file_fields.check(kind, values, kind.__name__)
+    typed.check(kind, values)
     return kind(**values)
 
 

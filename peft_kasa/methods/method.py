@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..spectral import LowRank
-from . import experts
+from . import experts, typed
 from .site import Needs, Site, Start
 
 _METHODS: dict[str, type[SpectralConfig]] = {}
@@ -69,7 +69,7 @@ class SpectralConfig(PeftConfig):
         method: the method's name, written to adapter_config.json. Leave it alone.
 
     Raises:
-        ValueError: for a value out of range, with the rule and what was found.
+        ValueError: for a value of another type or out of range, with the rule and what was found.
     """
 
     name: ClassVar[str] = ""
@@ -125,6 +125,7 @@ class SpectralConfig(PeftConfig):
             if isinstance(value := getattr(self, names), list):
                 setattr(self, names, set(value))
         self._check()
+        typed.check(type(self), {spec.name: getattr(self, spec.name) for spec in fields(self)})
 
     def _check(self) -> None:
         self._check_budget()
@@ -138,7 +139,6 @@ class SpectralConfig(PeftConfig):
         require(not self.needs or self.keeps_frames, frames, self.save_frames)
         ignored = self.use_rslora and self.alpha is None and not self.alpha_pattern
         require(not ignored, "use_rslora needs alpha (without it the scale is the method's own)", self.alpha)
-        require(isinstance(self.seed, int), "seed has to be a whole number", self.seed)
         require(self.reduction in ("mean", "sum"), "reduction has to be 'mean' or 'sum'", self.reduction)
         choice("bias", self.bias, ("none", "all", "peft_kasa_only"))
         self._check_targets()

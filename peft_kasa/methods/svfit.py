@@ -26,7 +26,7 @@ class SVFitConfig(SpectralConfig):
     paper = "2409.05926"
     source = "W, largest triples"
 
-    r: int = 128
+    r: int | None = 128
 
     def start(self, site: Site) -> Start:
         return Start(site.svd(site.rank).split(), ("core",), "start")

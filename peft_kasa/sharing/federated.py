@@ -39,7 +39,8 @@ def average_cores(
 
     Raises:
         ValueError: another method or fields than the first's, more learnt than a linear core, frames that differ, a
-            damaged file or a pickle; the message names the folder and the tensor. Nothing is written then.
+            file that is missing, damaged or a pickle; the message names the folder and the tensor. Nothing is written
+            then.
 
     Examples:
         >>> import tempfile, torch
@@ -78,7 +79,12 @@ def average_cores(
 
 
 def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    config = json.loads((Path(folder) / CONFIG_NAME).read_text())
+    try:
+        config = json.loads((Path(folder) / CONFIG_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME} that can be read ({error}). Name folders that save_pretrained wrote."
+        ) from error
     require(isinstance(config, dict), f"{folder}: {CONFIG_NAME} has to hold an object", type(config).__name__)
     require(config.get("peft_type") == NAME, f"{folder}: peft_type has to be {NAME}", config.get("peft_type"))
     source.check(folder)

@@ -67,8 +67,8 @@ def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter
             "with path_initial_model_for_weight_conversion=."
         )
     before = Before(model)
-    wrapped = get_peft_model(model, _ours(config, start), adapter_name=adapter)  # type: ignore[arg-type]
     try:
+        wrapped = get_peft_model(model, _ours(config, start), adapter_name=adapter)  # type: ignore[arg-type]
         _fill(wrapped, adapter, config, state, known, start)
     except BaseException:
         withdraw(model, adapter)

@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
+from ..adapter.files import source
 from ..adapter.filling import module_scale
 from ..adapter.layer import SpectralLinear
 from ..adapter.starting import adapted
@@ -31,8 +32,8 @@ def hotswap_adapter(
         **kwargs: subfolder, revision, cache_dir, token: as in PEFT's from_pretrained.
 
     Raises:
-        ValueError: another method, variant, scale, shape or base, a merged adapter, or one that trains more than its
-            updates. The loaded adapter is left as it was.
+        ValueError: another method, variant, scale, shape, save_frames or base, a merged adapter, one that trains more
+            than its updates, a damaged file or a pickle. The loaded adapter is left as it was.
 
     Examples:
         >>> import tempfile, torch
@@ -49,7 +50,8 @@ def hotswap_adapter(
     config: Any = PeftConfig.from_pretrained(path, **kwargs)
     _check(model.peft_config[adapter_name], config, os.fspath(path))
     for layer in layers:
-        _check_layer(layer, adapter_name, config)
+        _check_scale(layer, adapter_name, config)
+    source.check(path, **kwargs)
     state = load_peft_weights(os.fspath(path), device=torch_device or "cpu", **kwargs)
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
 
@@ -61,14 +63,14 @@ def _check(loaded: SpectralConfig, config: Any, path: str) -> None:
     for name in sorted(own):
         rule = f"{path}: {name} has to be {getattr(loaded, name)!r}, as in the loaded adapter"
         require(getattr(config, name) == getattr(loaded, name), rule, getattr(config, name))
+    rule = f"{path}: save_frames has to be {loaded.keeps_frames}, as in the loaded adapter (or use load_adapter)"
+    require(config.keeps_frames == loaded.keeps_frames, rule, config.keeps_frames)
     more = loaded.beyond + config.beyond
     require(not more, f"{path}: an adapter that is swapped has to train its updates only. Use load_adapter", more)
 
 
-def _check_layer(layer: SpectralLinear, adapter: str, config: SpectralConfig) -> None:
+def _check_scale(layer: SpectralLinear, adapter: str, config: SpectralConfig) -> None:
     known = layer.adapters[adapter]
-    rule = f"{layer.name}: adapter {adapter!r} has to be unmerged (unmerge_adapter) to be swapped"
-    require(adapter not in layer.merged_adapters, rule, layer.merged_adapters)
     scale = module_scale(config, layer.pattern_name, known.rank)
     rule = f"{layer.name}: the scale (alpha, r, use_rslora) has to be {known.scale:g}, as in the loaded adapter"
     require(scale == known.scale, rule, scale)

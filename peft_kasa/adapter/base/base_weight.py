@@ -68,7 +68,14 @@ class BaseWeight:
         with brought(self.layer):
             return self._read(as_repacked)
 
-    def _read(self, as_repacked: bool) -> Tensor:
+    def exact(self) -> Tensor:
+        """As `matrix`, but in float64 where the layer holds it so: what merging adds to."""
+        if self.layer.weight.dtype != torch.float64:
+            return self.matrix()
+        with brought(self.layer):
+            return self._read(False, torch.float64)
+
+    def _read(self, as_repacked: bool, dtype: torch.dtype = torch.float32) -> Tensor:
         weight: Any = self.layer.weight if self._gathered is None else self._gathered
         if self._scales is not None:
             weight = FourBit(self._nibbles(weight), self._scales).matrix(as_repacked)
@@ -76,7 +83,7 @@ class BaseWeight:
             weight = _dequantized_8bit(self.layer)
         elif self.backend is not None:
             weight = self.backend.get_base_weight(self.layer)
-        weight = whole(weight).detach().to(torch.float32)
+        weight = whole(weight).detach().to(dtype)
         if self.correction is not None:
             weight = weight + self._correction(weight.device).lowrank().dense()
         return weight.T if self.transposed else weight

@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
+from ...methods.method import require
 from ...peft_type import PREFIX
 from ..base.fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
 from ..base.sharding import in_parts, whole_shape, wholes
@@ -157,8 +158,8 @@ def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: di
 
 
 def _check_others(model: nn.Module, adapter: str, state: dict[str, Tensor], biases: set[str]) -> None:
-    """What a file may hold besides slots: modules_to_save, trained tokens, resized embeddings, and biases that its
-    config trains. Never a base weight.
+    """What a file may hold besides slots: modules_to_save, trained tokens, biases that its config trains, and the
+    embeddings, which PEFT saves whole (`save_embedding_layers`) and loads over the base's. No other base weight.
     """
     shapes = {_bare(name): tuple(value.shape) for name, value in model.named_parameters()} if state else {}
     for key, value in state.items():
@@ -213,9 +214,11 @@ def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor])
 
 
 def _check_base(layer: Any, adapter: str, saved: Tensor) -> float:
+    rule = f"{layer.name}: adapter {adapter!r} has to be unmerged (unmerge_adapter) to take the values of a file"
+    require(adapter not in layer.merged_adapters, rule, layer.merged_adapters)
     if layer.base.absent:
         return 0.0
-    found = distance(saved, sketch(layer.base.matrix(as_repacked=True)))
+    found = distance(saved, sketch(layer.original()))  # without what other adapters have merged into it
     if found > OTHER:
         raise ValueError(
             f"{layer.name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "

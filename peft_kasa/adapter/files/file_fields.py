@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from enum import Enum
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
+from ...methods import typed
 from ...methods.method import SpectralConfig
 
 FILE = "adapter_config.json"
-PATTERNS = (
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_modules",
-    "exclude_modules",
-    "layers_pattern",
-    "target_parameters",
-)
 
 
-def check(config_class: type[SpectralConfig], given: Mapping[str, Any], where: str = FILE) -> None:
-    """Checks each field against its annotation, and regular expressions for repeats that double the work at each
-    character: not for all that may be slow.
-
-    Args:
-        config_class: the method's.
-        given: its fields.
-        where: what they come from, for errors.
+def check(config_class: type[SpectralConfig], given: Mapping[str, Any]) -> None:
+    """Checks the fields of a file as the constructor does, and before it: see `typed.check`.
 
     Raises:
-        ValueError: another type; a number that is not finite; a path of statistics; such a repeat. It names the field.
+        ValueError: of `typed.check`; or a path of statistics. It names the field.
     """
-    hints = get_type_hints(config_class)
-    remedy = "restore the file from its source" if where == FILE else "give such a value"
-    for name, value in given.items():
-        if not _fits(value, hints[name]):
-            kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-            raise ValueError(f"{where}: {name} has to be {kind}. Found {value!r:.80}: {remedy}.")
+    typed.check(config_class, given, FILE, "restore the file from its source")
     if given.get("statistics") is not None:
         raise ValueError(
-            f"{where}: statistics are not read from a file's config. Found {given['statistics']!r:.80}: delete the "
+            f"{FILE}: statistics are not read from a file's config. Found {given['statistics']!r:.80}: delete the "
             "field, and set `config.statistics` yourself."
         )
-    for name, pattern in _patterns(given):
-        if _repeats_repeats(pattern):
-            raise ValueError(
-                f"{where}: {name} has a repeat or a choice inside a repeat, which may take for ever to match. Found "
-                f"{pattern!r:.80}: name the modules, or write the expression without."
-            )
 
 
 def check_counts(config: Any, modules: int) -> None:
@@ -59,67 +31,10 @@ def check_counts(config: Any, modules: int) -> None:
     Raises:
         ValueError: it names the field.
     """
-    for name in PATTERNS:
+    for name in typed.PATTERNS:
         value = getattr(config, name)
         if value is not None and not isinstance(value, str) and len(value) > modules:
             raise ValueError(
                 f"{FILE}: {name} may have as many entries as the model has modules, {modules}. Found {len(value)}: "
                 "restore the file from its source."
             )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value as JSON has it is of the annotated type: lists stand for sets, whole numbers for floats too."""
-    kind, parts = get_origin(hint) or hint, get_args(hint)
-    if kind is Any:
-        return True
-    if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
-    if kind in (list, set, tuple):
-        return isinstance(value, list | set | tuple) and all(any(_fits(v, part) for part in parts) for v in value)
-    if kind is dict and parts:
-        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
-    if kind in (int, float):
-        return type(value) in (int, kind) and abs(value) <= sys.float_info.max
-    return isinstance(value, str if issubclass(kind, Enum) else kind)
-
-
-def _patterns(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in PATTERNS:
-        value = given.get(name) or ()
-        for pattern in (value,) if isinstance(value, str) else value:
-            yield name, pattern
-
-
-def _repeats_repeats(pattern: str) -> bool:
-    """Whether a group that holds a repeat or a choice is itself repeated, as in `(a+)+`, `(a|b)*` or `(a?b?)*`."""
-    groups, closed, i = [False], False, 0  # whether each open group, and the one just closed, holds one
-    while i < len(pattern):
-        character, after, closed = pattern[i], closed, False
-        if character == "\\":
-            i += 1
-        elif character == "[":
-            i = _end_of_class(pattern, i)
-        elif character == "(":
-            groups.append(False)
-        elif character == ")" and len(groups) > 1:
-            closed = groups.pop()
-            groups[-1] |= closed
-        elif character == "|" or (character == "?" and pattern[i - 1 : i] != "("):
-            groups[-1] = True
-        elif character in "*+{":
-            if after:
-                return True
-            groups[-1] = True
-        i += 1
-    return False
-
-
-def _end_of_class(pattern: str, start: int) -> int:
-    """Where the class that opens at `start` closes; `]` right after its opening is a member."""
-    i = start + 2 if pattern[start + 1 : start + 2] == "^" else start + 1
-    while (i := i + 1) < len(pattern) and pattern[i] != "]":
-        i += pattern[i] == "\\"
-    return i
