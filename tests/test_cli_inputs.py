@@ -112,6 +112,7 @@ def test_a_name_that_is_nowhere(capfd: pytest.CaptureFixture[str], offline: None
     for words in (("spectrum", "nobody/none"), ("inspect", "nobody/none"), ("export", "nobody/none", "x")):
         line = last(call(capfd, *words, code=1))
         assert line.startswith("peft-kasa: nobody/none is no folder here")
+        assert (".gguf" in line) == (words[0] == "spectrum")  # adapters are not in such files
 
 
 def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> None:
