@@ -122,9 +122,7 @@ def adapter_config(adapter: str) -> Any:
     """The config of a saved adapter, of whatever type."""
     path = Path(adapter).expanduser()
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{adapter} has no adapter_config.json. Give a folder that save_pretrained of an adapter has written."
-        )
+        raise ValueError(f"{adapter} has no {CONFIG_NAME}. {_instead(path)}")
     if not path.is_dir():
         _check_hub_id(adapter, path, ADAPTER)
         check_on_hub(adapter, CONFIG_NAME, local=ADAPTER)
@@ -164,6 +162,14 @@ def _class(folder: str, options: dict[str, Any], task: str | None) -> Any:
         return getattr(transformers, CLASSES[task])
     named = AutoConfig.from_pretrained(folder, **options).architectures or []
     return next((getattr(transformers, name) for name in named if hasattr(transformers, name)), AutoModelForCausalLM)
+
+
+def _instead(folder: Path) -> str:
+    """What to give in the place of a folder that holds no adapter itself."""
+    held = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG_NAME}"))
+    if not held:
+        return "Give a folder that save_pretrained of an adapter has written."
+    return f"It holds adapters in folders of their own: give one of {', '.join(held)}."
 
 
 def _check_hub_id(name: str, path: Path, local: str) -> None:
