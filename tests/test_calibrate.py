@@ -211,6 +211,8 @@ def test_what_cannot_be_calibrated_says_why(tiny: str) -> None:
         calibrate(model, ROWS)
     with pytest.raises(ValueError, match=r"no adapter 'other'.*Found \['default'\]"):
         calibrate(model, ROWS, "other")
+    with pytest.raises(ValueError, match="The model has no adapter of peft_kasa: wrap it with get_peft_model first"):
+        calibrate(load(tiny), ROWS)
     with pytest.raises(TypeError, match="a name or a config"):
         calibrate(model, ROWS, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Found none for"):

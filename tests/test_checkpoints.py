@@ -231,7 +231,17 @@ def test_another_r_in_the_config_is_refused(tiny: str, tmp_path: Path) -> None:
     _, folder = saved(PISSA, tiny, tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 5}))
-    refused(tiny, folder, r"q_proj", "of shape", "with another r")
+    refused(tiny, folder, r"q_proj", "of shape", "with another r", "or give the config r=4")
+
+
+def test_another_method_than_the_files_is_named(tiny: str, tmp_path: Path) -> None:
+    """As when a training goes on with another method: the config is not read again then."""
+    saved(MEMBERS[0], tiny, tmp_path)
+    model = get_peft_model(load(tiny), PISSA.config())
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"saved by another method.* cut_left, .*this adapter \(pissa\) takes"):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert torch.equal(logits(model), expected)
 
 
 def test_an_unknown_method_is_refused(tiny: str, tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_a_config_that_cannot_be_read_is_named(
     assert "save it again" in line
 
 
+def test_a_folder_of_adapters_names_them(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As save_pretrained leaves it where no adapter is called default."""
+    for name in ("b", "a"):
+        shutil.copytree(made / "kasa", tmp_path / name)
+    for words in (("inspect", str(tmp_path)), ("export", str(tmp_path), str(tmp_path / "x"))):
+        line = last(call(capfd, *words, code=1))
+        assert f"{tmp_path} has no adapter_config.json" in line
+        assert f"give one of {tmp_path / 'a'}, {tmp_path / 'b'}." in line
+
+
 @pytest.mark.parametrize("content", ["{broken", '{"hidden_size": 4}', "[1]", "GGUF?"])
 def test_a_base_that_cannot_be_read_is_named(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str
@@ -112,6 +122,7 @@ def test_a_name_that_is_nowhere(capfd: pytest.CaptureFixture[str], offline: None
     for words in (("spectrum", "nobody/none"), ("inspect", "nobody/none"), ("export", "nobody/none", "x")):
         line = last(call(capfd, *words, code=1))
         assert line.startswith("peft-kasa: nobody/none is no folder here")
+        assert (".gguf" in line) == (words[0] == "spectrum")  # adapters are not in such files
 
 
 def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> None:

@@ -218,10 +218,23 @@ BAD = [
     ((["m0"], [1.0], "m1"), {}, r"adapter_name has to be a new one.*Found 'm1'"),
     ((["m0"], [1.0], "left"), {}, r"An adapter's name may not be"),
     ((["m0"], [1.0], "x"), {"combination_type": "ties"}, r"combination_type has to be 'cat' or.*Found 'ties'"),
+    ((["m0"], [1.0], "x"), {"combination_type": "ties", "density": 0.2}, r"combination_type has to be 'cat' or"),
+    (
+        (["m0"], [1.0], "x"),
+        {"density": 0.2},
+        r"density is of LoRA's kinds of combination, which are not here: leave it out. Found 0.2",
+    ),
+    ((["m0"], [1.0], "x"), {"svd_driver": "gesvd"}, r"svd_driver is of LoRA's kinds of combination"),
     ((["m0"], [1.0], "x"), {"svd_rank": 0}, r"svd_rank has to be a whole number of at least 1. Found 0"),
     ((["m0"], [1.0], "x"), {"combination_type": "cat", "svd_rank": 4}, r"svd_rank is for combination_type='svd'"),
     ((["m0", "late"], [1, 1], "x"), {}, r"'late'.*Call calibrate"),
 ]
+
+
+def test_an_argument_that_loras_has_not_either_is_a_type_error() -> None:
+    model = sources(stack(), kasa, target_modules=["0"])
+    with pytest.raises(TypeError, match=r"no argument 'svd_ranks'\. Did you mean 'svd_rank'"):
+        model.add_weighted_adapter(["m0"], [1.0], "x", svd_ranks=2)
 
 
 @pytest.mark.parametrize(("given", "options", "said"), BAD, ids=lambda value: str(value)[:30])

@@ -152,6 +152,8 @@ def test_bad_arguments(tiny: str, tmp_path: Path) -> None:
     model = trained(MEMBERS[1], tiny)
     with pytest.raises(ValueError, match=r"one of the family's in this model: \['default'\]. Found 'other'"):
         export_lora(model, tmp_path, adapter="other")
+    with pytest.raises(ValueError, match="The model has no adapter of peft_kasa: wrap it with get_peft_model first"):
+        export_lora(load(tiny), tmp_path)
     with pytest.raises(ValueError, match=r"rank has to be at least 1\. Found 0"):
         export_lora(model, tmp_path, rank=0)
 

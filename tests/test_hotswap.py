@@ -59,7 +59,7 @@ def test_a_compiled_model_is_not_compiled_again(tiny: str, tmp_path: Path) -> No
 
 ONE = {"r": 2, "target_modules": ["0", "2"]}
 REFUSED = [
-    (KaSAConfig(**ONE), "has to be a NLoRAConfig"),
+    (KaSAConfig(**ONE), "has to be a NLoRAConfig. Found 'KaSAConfig'"),
     (NLoRAConfig(**ONE, variant="slora"), "variant has to be 'nlora', as in the loaded adapter. Found 'slora'"),
     (NLoRAConfig(**ONE, alpha=7.0), r"0: the scale .* has to be 1, as in the loaded adapter. Found 3.5"),
     (NLoRAConfig(r=3, target_modules=["0", "2"]), r"0: \w+ has to be of shape"),

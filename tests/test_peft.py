@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 import subprocess
 import sys
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 
 import peft
@@ -29,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_kasa
 from peft_kasa import PiSSAConfig, SpectralConfig, SpectralLinear, SpectralModel
+from peft_kasa.methods.arguments import Checked
 
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
@@ -257,6 +261,41 @@ BAD = [
 def test_bad_arguments_are_refused(member: Member, given: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         member.config_class(**given)
+
+
+UNKNOWN = {
+    "lora_alpha": "It is of LoraConfig: the name here is alpha.",
+    "lora_dropout": "It is of LoraConfig: the name here is dropout.",
+    "init_lora_weights": "the start is the choice of the config's class, and init_weights=False",
+    "eva_config": "hand the fields of it to EVAConfig",
+    "target_module": "Did you mean 'target_modules'?",
+    "zzz": "",
+}
+
+
+@each_member
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_arguments_are_refused_with_the_name_here(member: Member, name: str) -> None:
+    said = re.escape(f"{member.config_class.__name__} has no argument {name!r}.") + ".*" + re.escape(UNKNOWN[name])
+    with pytest.raises(TypeError, match=said):
+        member.config_class(**{name: 16})
+    with pytest.raises(TypeError, match="has no argument"):
+        replace(member.config_class(r=2), **{name: 16})
+
+
+@each_member
+def test_the_check_of_arguments_keeps_signatures_and_copies(member: Member) -> None:
+    config = member.config_class(r=3, alpha=6.0)
+    assert list(inspect.signature(member.config_class).parameters) == [field.name for field in fields(config)]
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == replace(config) == config
+
+
+def test_a_users_own_config_may_take_any_arguments() -> None:
+    class Own(Checked):
+        def __init__(self, rank: int, **given: float) -> None:
+            self.given = given
+
+    assert Own(3, lora_alpha=2.0).given == {"lora_alpha": 2.0}
 
 
 def test_the_base_of_the_family_is_not_a_method() -> None:

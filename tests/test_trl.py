@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,19 @@ def test_dpo_starts_with_an_exact_reference(member: Member, tiny: str, tmp_path:
     assert losses[-1] < losses[0]
     model.set_adapter("ref")
     assert torch.equal(logits(model), before)
+
+
+def test_a_trainer_warns_of_an_adapter_that_was_loaded_to_be_used(tiny: str, tmp_path: Path) -> None:
+    get_peft_model(load(tiny), MEMBERS[0].config()).save_pretrained(str(tmp_path))
+    for trainable in (False, True):
+        model = PeftModel.from_pretrained(load(tiny), str(tmp_path), is_trainable=trainable)
+        trainer = sft(model, tmp_path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        said = [str(each.message) for each in caught if "'default' learns" in str(each.message)]
+        assert len(said) == (not trainable)
+        assert all("with is_trainable=True" in text for text in said)
 
 
 def test_a_trainer_without_the_family_is_left_alone(tiny: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..methods.arguments import remedy
 from ..methods.method import choice, require
 from ..methods.nlora import NLoRAConfig
 from ..spectral import LowRank
@@ -24,6 +25,7 @@ from .naming import check_name, exactly, target
 from .starting import all_layers, settle, withdraw
 
 Combination = Literal["cat", "linear", "svd"]
+OF_LORA = ("density", "majority_sign_method", "svd_clamp", "svd_full_matrices", "svd_driver")
 
 
 class Sum(NamedTuple):
@@ -44,6 +46,7 @@ class Combining:
         adapter_name: str,
         combination_type: Combination = "svd",
         svd_rank: int | None = None,
+        **of_lora: Any,
     ) -> dict[str, float]:
         """Adds an adapter whose update is the weighted sum of others' (`get_delta_weight`), of whatever methods.
 
@@ -59,12 +62,14 @@ class Combining:
                 share: where their cores alone learn, from one start, the rank stays. "svd": the best approximation of
                 rank svd_rank.
             svd_rank: None: the largest rank of a source's update, as an exact LoRA.
+            **of_lora: the further arguments that PEFT's LoRA takes, to be refused in words.
 
         Returns:
             By module, the relative error against the exact sum, in the Frobenius norm.
 
         Raises:
-            ValueError: unknown or taken names, sources that train modules in full or tokens, or are not calibrated.
+            ValueError: unknown or taken names, sources that train modules in full or tokens, or are not calibrated;
+                LoRA's kinds "ties", "dare" and "magnitude_prune", and their arguments.
 
         Examples:
             >>> import torch
@@ -79,6 +84,7 @@ class Combining:
         """
         check_name(adapter_name)
         _check(self, adapters, weights, adapter_name, combination_type, svd_rank)
+        _refuse(of_lora)
         return _combine(self, list(zip(adapters, weights, strict=True)), adapter_name, combination_type, svd_rank)
 
 
@@ -127,6 +133,14 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
             "combine adapters without modules_to_save, trainable_token_indices and bias"
         )
         require(not config.beyond, rule, config.beyond)
+
+
+def _refuse(of_lora: dict[str, Any]) -> None:
+    """Raises for arguments that are not of this package: TypeError for those that are not of LoRA either."""
+    for name, found in of_lora.items():
+        if name not in OF_LORA:
+            raise TypeError(f"add_weighted_adapter has no argument {name!r}.{remedy(name, ('svd_rank', *OF_LORA))}")
+        require(False, f"{name} is of LoRA's kinds of combination, which are not here: leave it out", found)
 
 
 def _sum(layer: SpectralLinear, terms: list[tuple[str, float]], kind: Combination, rank: int | None) -> Sum:

@@ -143,7 +143,8 @@ class Filling:
         elif known.uncalibrated:
             raise ValueError(
                 f"{self.name}: adapter {adapter!r} ({known.config.name}) starts from {known.config.needs} of data and "
-                f"has seen none. Call calibrate(model, data, adapter={adapter!r}) first."
+                f"has seen none. Call calibrate(model, data, adapter={adapter!r}) first. Where a trainer makes the "
+                "adapter: calibrate(model, data, config), before the trainer is made."
             )
         elif known.config.rank_budget is not None and given_rank(known.config, self.pattern_name) is None:
             raise ValueError(

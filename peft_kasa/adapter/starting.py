@@ -38,17 +38,28 @@ def layers_of(model: nn.Module, adapter: str) -> Iterator[SpectralLinear]:
     return (layer for _, layer in named_layers(model, adapter))
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the family's adapters in a model, sorted.
+
+    Raises:
+        ValueError: there are none.
+    """
+    known = sorted({name for layer in all_layers(model) for name in layer.adapters})
+    if not known:
+        raise ValueError("The model has no adapter of peft_kasa: wrap it with get_peft_model first.")
+    return known
+
+
 def adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
     """The layers that have this adapter, with values, by name.
 
     Raises:
         ValueError: there are none.
     """
+    known = adapter_names(model)
+    require(adapter in known, f"adapter has to be one of the family's in this model: {known}", adapter)
     settle(model, [adapter])
-    layers = {layer.name: layer for layer in layers_of(model, adapter)}
-    known = sorted({name for layer in all_layers(model) for name in layer.adapters})
-    require(bool(layers), f"adapter has to be one of the family's in this model: {known}", adapter)
-    return layers
+    return {layer.name: layer for layer in layers_of(model, adapter)}
 
 
 def begin(layers: list[SpectralLinear], adapter: str) -> None:

@@ -18,7 +18,7 @@ from ..adapter.budget import start
 from ..adapter.files.statistics import Statistics
 from ..adapter.files.statistics_file import About, Where
 from ..adapter.layer import SpectralLinear
-from ..adapter.starting import begin, layers_of
+from ..adapter.starting import adapter_names, begin, layers_of
 from ..methods.method import SpectralConfig
 from ..methods.site import Needs
 from ..spectral import triangle
@@ -177,13 +177,12 @@ def _subject(model: nn.Module, adapter: str | SpectralConfig) -> tuple[SpectralC
     if isinstance(adapter, SpectralConfig):
         layers, config = [], adapter
     elif isinstance(adapter, str):
-        layers = list(layers_of(model, adapter))
-        if not layers:
-            there = sorted({name for module in model.modules() for name in getattr(module, "adapters", ())})
+        if adapter not in (there := adapter_names(model)):
             raise ValueError(
                 f"The model has no adapter {adapter!r} of peft_kasa. Found {there}: name one of these, or give the "
                 "config that you will make one with."
             )
+        layers = list(layers_of(model, adapter))
         config = layers[0].adapters[adapter].config
     else:
         raise TypeError(f"`adapter` has to be a name or a config of peft_kasa. Found {type(adapter).__name__}.")

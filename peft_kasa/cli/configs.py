@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from ..methods import typed
+from ..methods.arguments import remedy
 from ..methods.method import SpectralConfig, methods
 
 HIDDEN = {"method", "peft_type", "auto_mapping", "peft_version", "inference_mode", "statistics", "init_weights"}
@@ -26,7 +26,7 @@ def config_class(name: str) -> type[SpectralConfig]:
     found = flat.get(wanted.replace("_", "").removesuffix("config"))
     if found is None:
         raise ValueError(
-            f"The method has to be one of {', '.join(sorted(known))}. Found {name!r}.{_near(wanted, known)}"
+            f"The method has to be one of {', '.join(sorted(known))}. Found {name!r}.{remedy(wanted, known)}"
         )
     return known[found]
 
@@ -51,7 +51,7 @@ def build_config(method: str, given: Mapping[str, Any], words: Sequence[str] = (
     for name in values:
         if name not in known:
             raise ValueError(
-                f"{kind.__name__} has no argument {name!r}.{_near(name, known)} `peft-kasa methods {kind.name}`"
+                f"{kind.__name__} has no argument {name!r}.{remedy(name, known)} `peft-kasa methods {kind.name}`"
             )
     typed.check(kind, values)
     return kind(**values)
@@ -69,8 +69,3 @@ def _assigned(words: Sequence[str]) -> dict[str, Any]:
             words_of_python = {"True": True, "False": False, "None": None}
             found[name.replace("-", "_")] = words_of_python.get(value, value)
     return found
-
-
-def _near(name: str, known: Any) -> str:
-    near = get_close_matches(name, list(known), 1)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..methods.method import SpectralConfig
-from .hub import check_on_hub
+from .hub import ADAPTER, MODEL, check_on_hub
 from .unreadable import AGAIN, UNREADABLE, damaged, text_of
 
 CLASSES = {  # by an adapter's task_type
@@ -83,7 +83,7 @@ def located(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} has no config.json. Give a folder that save_pretrained of a model has written.")
         return str(path), {}
-    _check_hub_id(name, path)
+    _check_hub_id(name, path, MODEL)
     check_on_hub(name, "config.json", revision)
     return name, {}
 
@@ -122,12 +122,10 @@ def adapter_config(adapter: str) -> Any:
     """The config of a saved adapter, of whatever type."""
     path = Path(adapter).expanduser()
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{adapter} has no adapter_config.json. Give a folder that save_pretrained of an adapter has written."
-        )
+        raise ValueError(f"{adapter} has no {CONFIG_NAME}. {_instead(path)}")
     if not path.is_dir():
-        _check_hub_id(adapter, path)
-        check_on_hub(adapter, CONFIG_NAME)
+        _check_hub_id(adapter, path, ADAPTER)
+        check_on_hub(adapter, CONFIG_NAME, local=ADAPTER)
     try:
         return PeftConfig.from_pretrained(adapter)
     except UNREADABLE as error:
@@ -138,7 +136,7 @@ def adapter_folder(adapter: str) -> str:
     """The folder of a saved adapter: its own, or where its files are put that come from the Hub."""
     if Path(adapter).expanduser().is_dir():
         return str(Path(adapter).expanduser())
-    _check_hub_id(adapter, Path(adapter))
+    _check_hub_id(adapter, Path(adapter), ADAPTER)
     return snapshot_download(adapter, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
 
 
@@ -166,8 +164,16 @@ def _class(folder: str, options: dict[str, Any], task: str | None) -> Any:
     return next((getattr(transformers, name) for name in named if hasattr(transformers, name)), AutoModelForCausalLM)
 
 
-def _check_hub_id(name: str, path: Path) -> None:
+def _instead(folder: Path) -> str:
+    """What to give in the place of a folder that holds no adapter itself."""
+    held = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG_NAME}"))
+    if not held:
+        return "Give a folder that save_pretrained of an adapter has written."
+    return f"It holds adapters in folders of their own: give one of {', '.join(held)}."
+
+
+def _check_hub_id(name: str, path: Path, local: str) -> None:
     if path.is_file():
-        raise ValueError(f"{name} is a file. Give a folder, a Hub id or a .gguf file.")
+        raise ValueError(f"{name} is a file. Give {local}, or a Hub id (owner/name).")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip("/"):
-        raise ValueError(f"{name}: there is no such folder. Give a folder, a Hub id (owner/name) or a .gguf file.")
+        raise ValueError(f"{name}: there is no such folder. Give {local}, or a Hub id (owner/name).")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..spectral import LowRank
-from . import experts, typed
+from . import arguments, experts, typed
 from .site import Needs, Site, Start
 
 _METHODS: dict[str, type[SpectralConfig]] = {}
@@ -29,7 +29,7 @@ def methods() -> dict[str, type[SpectralConfig]]:
 
 
 @dataclass(repr=False)
-class SpectralConfig(PeftConfig):
+class SpectralConfig(arguments.Checked, PeftConfig):
     """The fields that every method of the family has. Use a subclass, such as `KaSAConfig`.
 
     Args:
@@ -69,7 +69,7 @@ class SpectralConfig(PeftConfig):
         method: the method's name, written to adapter_config.json. Leave it alone.
 
     Raises:
-        ValueError: for a value of another type or out of range, with the rule and what was found.
+        ValueError: for a value of another type or out of range. TypeError: for an unknown argument.
     """
 
     name: ClassVar[str] = ""

@@ -58,7 +58,8 @@ def hotswap_adapter(
 
 def _check(loaded: SpectralConfig, config: Any, path: str) -> None:
     """The method's own fields have to be the same: the layers go on with the loaded adapter's."""
-    require(type(config) is type(loaded), f"{path}: the adapter has to be a {type(loaded).__name__}", config.peft_type)
+    rule = f"{path}: the adapter has to be a {type(loaded).__name__}"
+    require(type(config) is type(loaded), rule, type(config).__name__)
     own = {field.name for field in fields(config)} - {field.name for field in fields(SpectralConfig)}
     for name in sorted(own):
         rule = f"{path}: {name} has to be {getattr(loaded, name)!r}, as in the loaded adapter"

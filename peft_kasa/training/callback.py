@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class SpectralCallback(TrainerCallback):
         restore_masters(model, args)
         if model is None or optimizer is None:
             return
+        warn_unmoved(model)
         keep_frozen(model, args.should_save)
         terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
         if not terms:
@@ -57,6 +59,17 @@ def restore_masters(model: nn.Module | None, args: Any = None) -> None:
             for name, parameter in layer.slots(adapter).items():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = _master(parameter, layer.adapters[adapter].masters.get(name))
+
+
+def warn_unmoved(model: nn.Module) -> None:
+    """Warns where nothing of a model with adapters of the family learns: gradient checkpointing lets that train on."""
+    names = sorted({name for layer in all_layers(model) for name in layer.active_adapters})
+    if names and not any(parameter.requires_grad for parameter in model.parameters()):
+        warnings.warn(
+            f"No parameter of adapter {', '.join(map(repr, names))} learns, nor any other of the model: training will "
+            "change nothing. Load the adapter with is_trainable=True.",
+            stacklevel=2,
+        )
 
 
 def keep_frozen(model: nn.Module, here: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter.slots import LEARNABLE
-from ..adapter.starting import all_layers, settle
+from ..adapter.starting import adapter_names, all_layers, layers_of, settle
 from ..methods.method import require
 
 OTHER, UNDECAYED = "other", "other, no decay"
@@ -77,10 +77,10 @@ def _check(model: nn.Module, rates: dict[str, float | None], weight_decay: float
         require(optional or (_is_number(rate) and rate > 0), f"{name} has to be a finite number above 0", rate)  # type: ignore[operator]
     holds = _is_number(weight_decay) and weight_decay >= 0
     require(holds, "weight_decay has to be a finite number of at least 0", weight_decay)
-    if not any(layer.learning(name) for layer in all_layers(model) for name in layer.adapters):
+    if not any(layer.learning(name) for name in adapter_names(model) for layer in layers_of(model, name)):
         raise ValueError(
-            "`model` has to have an adapter of peft_kasa that learns. Found none: wrap it with get_peft_model first, "
-            "load adapters with is_trainable=True, or make one active with set_adapter."
+            "`model` has to have an adapter of peft_kasa that learns. Found none: load adapters with "
+            "is_trainable=True, or make one active with set_adapter."
         )
 
 

@@ -16,8 +16,8 @@ from ..base.fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
 from ..base.sharding import in_parts, whole_shape, wholes
 from . import anchors
 from .biases import check_biases, trained_biases
+from .expected import Expected, check_keys, check_value
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DRIFT = (
     "The base is not the one the adapter was made on, but another storage or a fine-tuned relative of it, and outputs "
     "will differ accordingly"
@@ -88,20 +88,20 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
         path: module for path, module in model.named_modules() if hasattr(module, PREFIX + "learnt")
     }
     layers = {path: layer for path, layer in ours.items() if adapter in layer.adapters}
+    config: Any = next((layer.adapters[adapter].config for layer in layers.values()), None)
     expected = {
-        key: (layer.name, slot, tuple(value.shape))
+        key: Expected(layer.name, slot, tuple(value.shape), layer.adapters[adapter].rank if config.r else None)
         for path, layer in layers.items()
         for slot, (key, value) in _keys(path, layer, adapter).items()
         if slot not in left_out(layer, adapter)
     }
-    _check_keys(expected, state)
-    config = next((layer.adapters[adapter].config for layer in layers.values()), None)
+    check_keys(config.name if config else "", expected, state)
     biases = trained_biases(model, set(layers), config) if config else set()
     check_biases(biases, state)
     others = {key: value for key, value in state.items() if key not in expected}
     _check_others(model, adapter, others, biases)
-    for key, (name, slot, shape) in expected.items():
-        _check_value(name, slot, shape, state[key])
+    for key, each in expected.items():
+        check_value(*each, state[key])
     for path, layer in layers.items():
         _check_core(layer, adapter, f"{path}.{PREFIX}", state)
     saved = {layer: state[f"{path}.{PREFIX}frozen.{adapter}.{FINGERPRINT}"] for path, layer in layers.items()}
@@ -141,22 +141,6 @@ def arrived(layer: Any, adapter: str) -> bool:
     return True
 
 
-def _check_keys(expected: dict[str, tuple[str, str, tuple[int, ...]]], state: dict[str, Tensor]) -> None:
-    if missing := [key for key in expected if key not in state]:
-        name, slot, _ = expected[missing[0]]
-        raise ValueError(
-            f"{name}: the adapter's file lacks {slot} ({len(missing)} tensors missing in all). Its config targets "
-            "modules that were not saved, or the file is damaged: save it again, or restore its own "
-            "adapter_config.json."
-        )
-    if extra := [key for key in state if f".{PREFIX}" in key and key not in expected]:
-        name, _, slot = extra[0].removeprefix("base_model.model.").rpartition(f".{PREFIX}")
-        raise ValueError(
-            f"{name}: the adapter's file has {slot.rpartition('.')[2]}, which nothing in this model takes "
-            f"({len(extra)} such tensors). Load it onto the base, and with the adapter_config.json, it came from."
-        )
-
-
 def _check_others(model: nn.Module, adapter: str, state: dict[str, Tensor], biases: set[str]) -> None:
     """What a file may hold besides slots: modules_to_save, trained tokens, biases that its config trains, and the
     embeddings, which PEFT saves whole (`save_embedding_layers`) and loads over the base's. No other base weight.
@@ -170,7 +154,7 @@ def _check_others(model: nn.Module, adapter: str, state: dict[str, Tensor], bias
                 f"{name}: the adapter's file has this tensor, which is none of the "
                 "adapter's and might overwrite the base. Save the adapter again from its source."
             )
-        _check_value(name, "its value", shapes.get(name, tuple(value.shape)), value)
+        check_value(name, "its value", shapes.get(name, tuple(value.shape)), None, value)
 
 
 def _bare(key: str) -> str:
@@ -181,18 +165,6 @@ def _is_embedding(key: str) -> bool:
     return key.endswith(
         tuple(f".{name}{base}.weight" for name in EMBEDDING_LAYER_NAMES for base in ("", ".base_layer"))
     )
-
-
-def _check_value(name: str, slot: str, shape: tuple[int, ...], found: Tensor) -> None:
-    if tuple(found.shape) != shape:
-        raise ValueError(
-            f"{name}: {slot} has to be of shape {shape}. Found {tuple(found.shape)} in the adapter's file: it was "
-            "trained on another base model or with another r. Load the base that adapter_config.json names."
-        )
-    if found.dtype not in DTYPES:
-        raise ValueError(f"{name}: {slot} has to be {DTYPES}. Found {found.dtype} in the adapter's file: use another.")
-    if not torch.isfinite(found).all():
-        raise ValueError(f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint.")
 
 
 def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor]) -> None:
@@ -210,7 +182,7 @@ def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor])
         core = known.config.core(raw, slots["fixed"], known.rank)
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"{layer.name}: fixed in the adapter's file gives no core: {error}. Use another.") from error
-    _check_value(layer.name, "the core", tuple(core.shape), core)
+    check_value(layer.name, "the core", tuple(core.shape), None, core)
 
 
 def _check_base(layer: Any, adapter: str, saved: Tensor) -> float:
