@@ -1,5 +1,5 @@
-# make demo    fine-tunes SmolLM2-135M with KaSA on this machine (a few minutes on two CPU cores)
-# make test    linters, types, all tests
+# make demo    fine-tunes SmolLM2-135M with KaSA on this machine (about six minutes on two CPU cores)
+# make test    linters, types, all tests, those of `make oldest` too (about 32 minutes on two CPU cores)
 # make check   linters, types, the documentation site: seconds, once .venv is there
 # make docs    the site, into build/site
 # make oldest  a part of the tests on the oldest peft, transformers and trl that pyproject.toml admits

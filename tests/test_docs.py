@@ -67,7 +67,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps are enough to see that a recipe runs."""
+    """Two steps, no report, no progress bar, no checkpoints, batches of two, and the CPU.
+
+    So a recipe is not run quite as it stands: without a GPU a reader adds `use_cpu=True, bf16=False` by hand, as the
+    pages say. What a block sets itself stays, but for the number of steps.
+    """
     few = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     for arguments in (trl.SFTConfig, trl.DPOConfig, trl.GRPOConfig, trl.RewardConfig):
 
