@@ -140,6 +140,13 @@ def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.M
 # Options ---------------------------------------------------------------------------------------------------------
 
 
+def test_sft_where_no_gpu_has_bf16(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    words = ("sft", "--model_name_or_path", "/nowhere", "--dataset_name", "y", "--output_dir", "z")
+    assert "Pass --use_cpu --bf16 False" in last(call(capfd, *words, code=1))
+    assert "bf16" not in last(call(capfd, *words, "--use_cpu", code=1))
+
+
 @pytest.mark.parametrize("device", ["frobnicate", "cuda:99", "meta"])
 def test_a_device_that_is_not_here(capfd: pytest.CaptureFixture[str], device: str) -> None:
     """Known before the model is looked for."""

@@ -15,6 +15,7 @@ from bases import BASES, load, logits, move, tokens
 from members import MEMBERS, Member
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from peft_kasa import LoraExport, export_lora, to_lora
 
@@ -146,6 +147,18 @@ def test_what_servers_do_not_take_is_refused_with_the_way_out(tiny: str, tmp_pat
     assert not os.listdir(tmp_path)
     export_lora(model, tmp_path, uniform=False)
     assert relative(logits(PeftModel.from_pretrained(load(tiny), str(tmp_path))), logits(model)) <= 1e-5
+
+
+def test_a_head_that_peft_names_again_is_named_once(tmp_path: Path) -> None:
+    """PEFT adds "classifier" and "score" to those of a classifier's config each time that it is wrapped or loaded."""
+    given = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    base = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=4, num_labels=1, pad_token_id=0))
+    model = get_peft_model(base, MEMBERS[1].config(r=2, target_modules=["q_proj"], **given))
+    with pytest.raises(ValueError, match=r"also trains \['classifier', 'score'\]"):
+        export_lora(model, tmp_path)
+    export_lora(model, tmp_path, uniform=False)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
 
 
 def test_bad_arguments(tiny: str, tmp_path: Path) -> None:

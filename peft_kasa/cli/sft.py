@@ -15,7 +15,7 @@ from peft_kasa_cli.output import Output
 
 from .folders import check_training
 from .models import load_config
-from .sft_arguments import AdapterArguments, check_no_lora
+from .sft_arguments import AdapterArguments, check_no_lora, parsed
 from .sft_parts import begun, rows
 from .sft_trainer import WholeSFTTrainer
 
@@ -30,9 +30,7 @@ def run(args: Namespace, out: Output) -> None:
         parser.print_help(out.stream)
         return
     _require_output(parser)
-    script, training, base, mixture, ours, unknown = parser.parse_args_and_config(
-        args.rest, return_remaining_strings=True
-    )
+    script, training, base, mixture, ours, unknown = parsed(parser, args.rest)
     if unknown:
         raise UsageError(f"sft has no such options: {' '.join(unknown)}. See peft-kasa sft --help")
     check_no_lora(base)

@@ -47,6 +47,23 @@ class AdapterArguments:
         return build_config(self.method, given, self.options)
 
 
+def parsed(parser: Any, words: list[str]) -> Any:
+    """What TRL's parser makes of a command line: its dataclasses, and the words that none of them takes.
+
+    Raises:
+        ValueError: options that do not go together; of bf16, TRL's default, in the terms of the command.
+    """
+    try:
+        return parser.parse_args_and_config(words, return_remaining_strings=True)
+    except ValueError as error:
+        if "bf16/gpu" not in str(error):
+            raise
+        raise ValueError(
+            "Training is in bf16 by default, and no GPU here can do that. Pass --use_cpu --bf16 False to train on the "
+            "CPU, or --bf16 False for an older GPU."
+        ) from error
+
+
 def check_no_lora(arguments: Any) -> None:
     """Raises ValueError where TRL's own options of a LoRA were given: they would be ignored."""
     for known in fields(arguments):

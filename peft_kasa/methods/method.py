@@ -217,7 +217,7 @@ class SpectralConfig(arguments.Checked, PeftConfig):
     def beyond(self) -> list[str]:
         """What is trained besides the updates of the target modules, in words."""
         tokens = ["token embeddings"] if self.trainable_token_indices else []
-        return sorted(self.modules_to_save or []) + tokens + (["biases"] if self.bias != "none" else [])
+        return sorted(set(self.modules_to_save or [])) + tokens + (["biases"] if self.bias != "none" else [])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as adapter_config.json holds them: sets become sorted lists, so that a file is reproducible."""

@@ -174,7 +174,7 @@ def _lora_config(
         target_parameters=parameters or None,
         rank_pattern=own,
         alpha_pattern=dict(own),
-        modules_to_save=config.modules_to_save if extra else None,
+        modules_to_save=sorted(set(config.modules_to_save)) if extra and config.modules_to_save else None,
         trainable_token_indices=config.trainable_token_indices if extra else None,
         ensure_weight_tying=bool(extra) and config.ensure_weight_tying,
         bias=config.bias.replace("peft_kasa", "lora"),  # type: ignore[arg-type]
