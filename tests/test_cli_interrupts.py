@@ -11,6 +11,8 @@ from command_line import make
 from forked import Ended, Server
 from test_cli_folders import held
 
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("interrupts")]
+
 INT, TERM = signal.SIGINT, signal.SIGTERM
 ENDS = {INT: (130, "peft-kasa: interrupted"), TERM: (143, "peft-kasa: terminated")}
 CHECKS = 4  # events before the work: whether there is a place to write, asked twice

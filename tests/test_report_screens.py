@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_kasa.report import spectrum
 
-KINDS = ["weights", "adapter", pytest.param("smollm2", marks=pytest.mark.real)]
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("screens")]
+
+KINDS = ["weights", "adapter", "smollm2"]
 SIZES = {"phone": (390, 844), "desk": (1280, 800)}
 SCHEMES = ["dark", "light"]
 TOLD = {  # by a tooltip, and in which column of rows()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 
 import torch
@@ -73,6 +74,14 @@ def begin(layers: list[SpectralLinear], adapter: str) -> None:
     run(planned(results, adapter, work), f"{method}: decomposing")
     for layer in layers:
         layer.remember(adapter)  # those that another rank computed too
+    _caution(layers, adapter)
+
+
+def _caution(layers: list[SpectralLinear], adapter: str) -> None:
+    known = ((layer, layer.adapters[adapter]) for layer in layers)
+    texts = (each.config.caution(layer.out_features, layer.in_features, each.rank) for layer, each in known)
+    for text in dict.fromkeys(filter(None, texts)):
+        warnings.warn(text, stacklevel=2)
 
 
 def frames(layers: dict[str, SpectralLinear], adapter: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

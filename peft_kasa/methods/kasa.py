@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,10 +58,18 @@ class KaSAConfig(SpectralConfig):
         m, n = site.weight.shape
         trained = LowRank(site.zeros(m, site.rank), site.normal(site.rank), site.kaiming_uniform(site.rank, n))
         count = self.leaving(m, n, site.rank)
-        if not site.weight.is_meta and self.truncation is None and not self.reference_truncation and count and m < n:
-            warnings.warn(_narrow(count), stacklevel=2)  # Python shows one text once
         cut = site.svd(count, "bottom").split() if count else None
         return Start(trained, ("left", "core", "right"), cut)
+
+    def caution(self, m: int, n: int, rank: int) -> str:
+        count = self.leaving(m, n, rank)
+        if self.truncation is not None or self.reference_truncation or m >= n:
+            return ""
+        return (
+            f"KaSA takes {count} triples out of weights with fewer rows than columns too (v_proj of grouped-query "
+            "models), which can raise the loss at the start several times over. reference_truncation=True leaves those "
+            f"weights whole, truncation=0 leaves all; truncation={count} keeps the paper's cut, without this warning."
+        )
 
     def penalty(self, trained: LowRank) -> Tensor:
         (m, r), n = trained.left.shape, trained.right.shape[1]
@@ -89,11 +96,3 @@ class KaSAConfig(SpectralConfig):
         require(whole, "truncation has to be a whole number of at least 0", self.truncation)
         require(self.beta >= 0 and self.gamma >= 0, "beta and gamma have to be at least 0", (self.beta, self.gamma))
         require(self.form in ("reference", "paper"), "form has to be 'reference' or 'paper'", self.form)
-
-
-def _narrow(count: int) -> str:
-    return (
-        f"KaSA takes {count} triples out of weights with fewer rows than columns too (v_proj of grouped-query models), "
-        "which can raise the loss at the start several times over. reference_truncation=True leaves those weights "
-        f"whole, truncation=0 leaves all; truncation={count} keeps what the paper does, without this warning."
-    )

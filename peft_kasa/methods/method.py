@@ -19,6 +19,8 @@ from ..files import replacing
 from ..spectral import LowRank
 from . import arguments, experts, typed
 from .site import Needs, Site, Start
+from .typed import choice as choice
+from .typed import require as require
 
 _METHODS: dict[str, type[SpectralConfig]] = {}
 
@@ -178,6 +180,10 @@ class SpectralConfig(arguments.Checked, PeftConfig):
         """Where the method begins at one weight. May not branch on values: it also runs on the meta device."""
         raise NotImplementedError(f"{type(self).__name__} has to define `start`.")
 
+    def caution(self, m: int, n: int, rank: int) -> str:
+        """What to warn of where an adapter of this rank is about to start at a weight (m, n), if anything."""
+        return ""
+
     def core(self, raw: Tensor, fixed: Tensor | None, size: int) -> Tensor:
         """The core (k,) or (k, k), k = size, of what learns in its place and of `Start.fixed`. The same, by default."""
         return raw
@@ -236,14 +242,3 @@ class SpectralConfig(arguments.Checked, PeftConfig):
         hidden = {"method", "peft_type", "peft_version", "auto_mapping"}
         parts = (f"{k}={v!r}" for k, v in shown.items() if k not in hidden and v != defaults[k] and v != {})
         return f"{type(self).__name__}({', '.join(parts)})"
-
-
-def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raises ValueError if the value of a field is none of those allowed."""
-    require(value in allowed, f"{name} has to be {' or '.join(map(repr, allowed))}", value)
-
-
-def require(holds: bool, rule: str, found: object) -> None:
-    """Raises ValueError with the rule and what was found."""
-    if not holds:
-        raise ValueError(f"{rule}. Found {found!r}.")

@@ -54,6 +54,17 @@ def check(config_class: type, given: Mapping[str, Any], where: str = "", remedy:
             )
 
 
+def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raises ValueError if the value of a field is none of those allowed."""
+    require(value in allowed, f"{name} has to be {' or '.join(map(repr, allowed))}", value)
+
+
+def require(holds: bool, rule: str, found: object) -> None:
+    """Raises ValueError with the rule and what was found."""
+    if not holds:
+        raise ValueError(f"{rule}. Found {found!r}.")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of the annotated type, as JSON has it: lists stand for sets, whole numbers for floats."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
