@@ -11,6 +11,8 @@ from fences import blocks
 from test_examples import make_chat_model
 from transcripts import laid_out, paragraphs, stage, told, transcripts
 
+from peft_kasa.methods import method
+
 SHOWN = transcripts()
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 OF_THE_MODEL = {r"model\.layers\.[\w.]+": "MODULE", NUMBER.pattern: "#", r"# [kMG]?B": "# B"}
@@ -32,8 +34,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def on(model: str, folder: Path) -> dict[str, str]:
     """What all commands print, with this model for SmolLM2."""
+    ours = {name: config for name, config in method.methods().items() if config.__module__.startswith("peft_kasa.")}
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
+        patched.setattr(method, "_METHODS", ours)  # without those of other tests
         stage(model)
         return told(SHOWN)
 
