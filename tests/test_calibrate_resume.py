@@ -32,6 +32,17 @@ def cut(after: int, error: type[BaseException] = CutError) -> Iterator[dict[str,
     raise error
 
 
+class CutAtTheThird:
+    """Rows that break off when they are read for the third time."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.read += 1
+        return cut(3) if self.read == 3 else iter(ROWS)
+
+
 @pytest.mark.parametrize("config_class", [CorDAConfig, LoRASBConfig])
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_calibration_goes_on_where_it_stopped_to_the_same_bits(
@@ -129,16 +140,9 @@ def test_an_error_before_the_first_module_leaves_what_was_taken_in(tiny: str, tm
 
 
 def test_an_interrupted_adapter_still_asks_for_its_data(tiny: str) -> None:
-    passed: list[int] = []
-
-    class Data:
-        def __iter__(self) -> Iterator[Any]:
-            passed.append(1)
-            return cut(3) if len(passed) == 3 else iter(ROWS)
-
     model = get_peft_model(load(tiny), LoRASBConfig(**ALL))
     with pytest.raises(CutError):
-        calibrate(model, Data(), memory=70_000)
+        calibrate(model, CutAtTheThird(), memory=70_000)
     with pytest.raises(ValueError, match=r"Call calibrate\(model, data"):
         logits(model)
     calibrate(model, ROWS, memory=70_000)
@@ -154,16 +158,10 @@ def test_ranks_are_chosen_over_all_modules(config_class: Any, tiny: str) -> None
 
 
 def test_groups_of_gradients_go_on_where_they_stopped(tiny: str, tmp_path: Path) -> None:
-    path, passed = tmp_path / "g", []
-
-    class Data:
-        def __iter__(self) -> Iterator[Any]:
-            passed.append(1)
-            return cut(3) if len(passed) == 3 else iter(ROWS)
-
+    path = tmp_path / "g"
     model = get_peft_model(load(tiny), LoRASBConfig(**ALL))
     with pytest.raises(CutError):
-        calibrate(model, Data(), path=path, memory=70_000)
+        calibrate(model, CutAtTheThird(), path=path, memory=70_000)
     assert not path.exists()
     parts = sorted(tmp_path.iterdir())
     assert [Statistics.load(part, partial=True).seen for part in parts] == [6, 6, 3]

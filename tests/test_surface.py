@@ -120,6 +120,7 @@ CHOSEN = [
         {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
         ["1.self_attn.q_proj"],
     ),
+    ({"target_modules": ["layers.1.self_attn.q_proj"], "layers_pattern": []}, ["1.self_attn.q_proj"]),
     (
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*v_proj"},
         ["0.self_attn.q_proj", "1.self_attn.q_proj"],
@@ -127,7 +128,7 @@ CHOSEN = [
 ]
 
 
-@pytest.mark.parametrize(("given", "expected"), CHOSEN, ids=["regex", "layers", "excluded"])
+@pytest.mark.parametrize(("given", "expected"), CHOSEN, ids=["regex", "layers", "no pattern", "excluded"])
 def test_targets_are_those_that_lora_takes(given: dict[str, object], expected: list[str]) -> None:
     model = get_peft_model(fresh(), KaSAConfig(r=2, **given))
     assert model.targeted_module_names == [f"model.layers.{name}" for name in expected]

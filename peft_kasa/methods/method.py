@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType
@@ -126,8 +126,7 @@ class SpectralConfig(arguments.Checked, PeftConfig):
         for names in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, names), list):
                 setattr(self, names, set(value))
-        self._check()
-        typed.check(type(self), {spec.name: getattr(self, spec.name) for spec in fields(self)})
+        typed.check_after(self._check, self)
 
     def _check(self) -> None:
         self._check_budget()
@@ -149,7 +148,7 @@ class SpectralConfig(arguments.Checked, PeftConfig):
         if isinstance(self.target_modules, str):  # "all-linear" too: PEFT puts full names for it, and takes them all
             layered = self.layers_to_transform is not None or self.layers_pattern is not None
             require(not layered, "layers_to_transform needs target_modules as a list", self.target_modules)
-        alone = self.layers_pattern is not None and self.layers_to_transform is None
+        alone = bool(self.layers_pattern) and self.layers_to_transform is None
         require(not alone, "layers_pattern needs layers_to_transform, the numbers of the layers", self.layers_pattern)
         if refused := experts.refusal(self):
             require(False, *refused)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from enum import Enum
 from functools import cache
 from types import UnionType
@@ -54,6 +55,20 @@ def check(config_class: type, given: Mapping[str, Any], where: str = "", remedy:
             )
 
 
+def check_after(rules: Callable[[], None], config: Any) -> None:
+    """Checks a config by its own rules, which say most, and then by its annotations.
+
+    Raises:
+        ValueError: what a rule says, or `check`; the latter too where a rule cannot compare a value of another type.
+    """
+    try:
+        rules()
+    except TypeError:
+        _check_fields(config)
+        raise
+    _check_fields(config)
+
+
 def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raises ValueError if the value of a field is none of those allowed."""
     require(value in allowed, f"{name} has to be {' or '.join(map(repr, allowed))}", value)
@@ -63,6 +78,10 @@ def require(holds: bool, rule: str, found: object) -> None:
     """Raises ValueError with the rule and what was found."""
     if not holds:
         raise ValueError(f"{rule}. Found {found!r}.")
+
+
+def _check_fields(config: Any) -> None:
+    check(type(config), {spec.name: getattr(config, spec.name) for spec in fields(config)})
 
 
 def _fits(value: Any, hint: Any) -> bool:
