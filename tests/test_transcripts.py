@@ -11,7 +11,7 @@ from fences import blocks
 from test_examples import make_chat_model
 from transcripts import laid_out, paragraphs, stage, told, transcripts
 
-from peft_kasa.methods import method
+from peft_kasa.methods import registry
 
 SHOWN = transcripts()
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -34,10 +34,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def on(model: str, folder: Path) -> dict[str, str]:
     """What all commands print, with this model for SmolLM2."""
-    ours = {name: config for name, config in method.methods().items() if config.__module__.startswith("peft_kasa.")}
+    ours = {name: config for name, config in registry.methods().items() if config.__module__.startswith("peft_kasa.")}
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        patched.setattr(method, "_METHODS", ours)  # without those of other tests
+        patched.setattr(registry, "_METHODS", ours)  # without those of other tests
         stage(model)
         return told(SHOWN)
 

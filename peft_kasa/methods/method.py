@@ -1,4 +1,4 @@
-"""The config that every method of the family is, and their registry.
+"""The config that every method of the family is.
 
 A method sees one weight at a time (a `Site`) and answers with the low-rank value that it trains and with what leaves
 the base in exchange (a `Start`). Wrapping, quantised bases, saving, merging, export and regularisers are the same for
@@ -18,16 +18,11 @@ from torch import Tensor
 from ..files import replacing
 from ..spectral import LowRank
 from . import arguments, experts, typed
+from .registry import methods as methods
+from .registry import register
 from .site import Needs, Site, Start
 from .typed import choice as choice
 from .typed import require as require
-
-_METHODS: dict[str, type[SpectralConfig]] = {}
-
-
-def methods() -> dict[str, type[SpectralConfig]]:
-    """The config class of each method, by the `method` field that its adapter_config.json carries."""
-    return dict(_METHODS)
 
 
 @dataclass(repr=False)
@@ -110,8 +105,8 @@ class SpectralConfig(arguments.Checked, PeftConfig):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
-            _METHODS[cls.name] = cls
+        if cls.__dict__.get("name"):  # not an inherited one: a subclass without its own is no method by itself
+            register(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
