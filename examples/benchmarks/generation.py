@@ -5,8 +5,8 @@ match of the final number under greedy decoding), and the held-out loss of both;
     python examples/benchmarks/generation.py --task gsm8k --model gemma --data FOLDER        # Gemma-3-270M
     python examples/benchmarks/generation.py --task gsm8k --smoke                            # 2 minutes on 2 CPU cores
 
-The whole of it is work for a GPU, which it uses if there is one; `--steps`, `--batch-size`, `--validation`, `--test` make
-it smaller. Rates and seeds are treated as by classification.py, and each run is a line of the file of results.
+The whole of it is work for a GPU, which it uses if there is one; `--steps`, `--batch-size`, `--validation` and `--test`
+make it smaller. Rates and seeds are treated as by classification.py, and each run is a line of the file of results.
 """
 
 from __future__ import annotations
