@@ -21,6 +21,7 @@ from peft_kasa import to_lora
 
 WAYS = ["zero2", "zero3"]
 
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("deepspeed")]
 each_member = pytest.mark.parametrize("member", TRIED, ids=str)
 each_way = pytest.mark.parametrize("way", WAYS)
 

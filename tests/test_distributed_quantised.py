@@ -17,6 +17,7 @@ from quantised_worker import QUANTISED, RUNS
 
 from peft_kasa import to_lora
 
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("quantised_processes")]
 each_member = pytest.mark.parametrize("member", QUANTISED, ids=str)
 each_run = pytest.mark.parametrize("run", RUNS)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from launch import torchrun
 
 
+@pytest.mark.real
 def test_in_two_processes_as_in_one(tmp_path: Path) -> None:
     assert torchrun("experts_worker.py", str(tmp_path)).count("well") == 2
