@@ -18,6 +18,7 @@ from peft.utils import register_peft_method
 from .adapter.base.offload import check_not_offloaded
 from .adapter.files import source
 from .adapter.files.config_file import AdapterConfigFile
+from .adapter.keys import is_slot
 from .adapter.starting import layers_of, withdraw
 from .adapter.tuner import SpectralModel
 from .files import replacing
@@ -110,7 +111,7 @@ def _whole(save: Any) -> Any:
     """PEFT writes an adapter's file in place, so that an interrupted save loses the old one too. It offers no hook."""
 
     def save_whole(tensors: dict[str, Any], filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        if not any(f".{PREFIX}" in key for key in tensors):
+        if not any(is_slot(key) for key in tensors):
             return save(tensors, filename, *args, **kwargs)
         with replacing(filename) as folder:
             safetensors.torch.save_file(tensors, os.path.join(folder, os.path.basename(filename)), *args, **kwargs)

@@ -96,13 +96,13 @@ def test_an_adapter_starts_group_by_group(tiny: str, monkeypatch: pytest.MonkeyP
     held: list[int] = []
     from peft_kasa.calibration import calibrate as module
 
-    begin = module.begin
+    start = module.start_layers
 
     def counting(layers: list[Any], adapter: str) -> None:
         held.append(sum(4 * layer.in_features * layer.out_features for layer in layers))
-        begin(layers, adapter)
+        start(layers, adapter)
 
-    monkeypatch.setattr(module, "begin", counting)
+    monkeypatch.setattr(module, "start_layers", counting)
     model = get_peft_model(load(tiny), LoRAOneConfig(**ALL))
     found = calibrate(model, ROWS, memory=70_000)
     assert len(held) > 3

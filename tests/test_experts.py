@@ -169,7 +169,7 @@ def test_every_expert_starts_as_a_linear_layer_of_its_matrix(member: Member) -> 
         linear.weight = nn.Parameter(matrix)
         alone = SpectralLinear(linear, expert.name)
         alone.reserve("default", config(member))
-        alone.begin("default", Engine())
+        alone.start("default", Engine())
         for name, value in alone.slots("default").items():
             torch.testing.assert_close(expert.slots("default")[name], value, atol=1e-5, rtol=1e-4)
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..peft_type import PREFIX
 from ..spectral import Engine
 from .filling import given_rank
 from .jobs import job, run
+from .keys import FROZEN, LEARNT, slot_key
 from .layer import SpectralLinear
 from .naming import exactly, target
-from .starting import begin, layers_of, named_layers, take_out
+from .starting import layers_of, named_layers, start_layers, take_out
 
 
-def start(model: nn.Module, adapter: str, again: bool = False) -> None:
+def start_adapter(model: nn.Module, adapter: str, again: bool = False) -> None:
     """Gives all modules of an adapter their ranks and their start; `again`, ranks that were chosen before as well."""
     layers = list(layers_of(model, adapter))
     if any(layer.on_meta(adapter) for layer in layers):
@@ -28,7 +28,7 @@ def start(model: nn.Module, adapter: str, again: bool = False) -> None:
     elif layers and layers[0].adapters[adapter].config.rank_budget is not None:
         spend(model, adapter, again)
         layers = list(layers_of(model, adapter))
-    begin(layers, adapter)
+    start_layers(layers, adapter)
 
 
 def _refuse_to_choose(layers: list[SpectralLinear], adapter: str) -> None:
@@ -75,7 +75,7 @@ def adopt(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> None:
         return
     ranks = {}
     for path, layer in named.items():
-        sides = (f"{path}.{PREFIX}{kind}.{adapter}.right{end}" for kind in ("learnt", "frozen") for end in ("", "0"))
+        sides = (slot_key(path, kind, adapter, name) for kind in (LEARNT, FROZEN) for name in ("right", "right0"))
         ranks[layer] = next((len(state[key]) for key in sides if key in state), 0)
     if any(ranks.values()):
         _choose(config, model, adapter, ranks)

@@ -44,7 +44,7 @@ class Filling:
     """The part of a `SpectralLinear` that makes slots and gives them values."""
 
     def reserve(self: Any, adapter: str, config: SpectralConfig) -> None:
-        """Makes the slots of an adapter, without values: NaN until `begin` or a file gives them."""
+        """Makes the slots of an adapter, without values: NaN until `start` or a file gives them."""
         m, n = self.out_features, self.in_features
         rank = given_rank(config, self.pattern_name) or config.r or min(m, n)
         scale = module_scale(config, self.pattern_name, rank)
@@ -68,7 +68,7 @@ class Filling:
                 known.masters[name] = empty
 
     @torch.no_grad()
-    def begin(self: Any, adapter: str, engine: Solver) -> None:
+    def start(self: Any, adapter: str, engine: Solver) -> None:
         """Gives the adapter its method's start, computed from the base weight."""
         self.fill(adapter, self._computed(adapter, engine))
 
@@ -102,7 +102,7 @@ class Filling:
             raise ValueError(f"{self.name}: {error}") from error
 
     def _rebuild(self: Any, adapter: str) -> None:
-        saved = {name: value for name, value in self.slots(adapter).items() if name.startswith(anchors.PREFIX)}
+        saved = {name: value for name, value in self.slots(adapter).items() if name.startswith(anchors.ANCHOR)}
         for name, value in self.frames(adapter, saved, Engine()).items():
             value = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # not a view of W
             self.peft_kasa_frozen[adapter].register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -110,12 +110,12 @@ class Filling:
     def remember(self: Any, adapter: str) -> None:
         """Notes what the adapter starts from, to tell later whether it has been trained."""
         known = self.adapters[adapter]
-        known.awaiting, known.began = False, self._state(adapter)
+        known.awaiting, known.start_checksums = False, self._state(adapter)
 
     def has_moved(self: Any, adapter: str) -> bool:
         """Whether the adapter has values that are not its start's: it was trained, or came from a file."""
         known = self.adapters[adapter]
-        return not known.awaiting and known.began != self._state(adapter)
+        return not known.awaiting and known.start_checksums != self._state(adapter)
 
     def _state(self: Any, adapter: str) -> str:
         return repr([checksum(whole(value)) for value in self.peft_kasa_learnt[adapter].parameters()])
@@ -152,7 +152,7 @@ class Filling:
                 "read from a file, to be filled from one. Give get_peft_model a new one: dataclasses.replace(config)."
             )
         else:
-            self.begin(adapter, Engine())
+            self.start(adapter, Engine())
             self.remember(adapter)
 
     def learnt(self: Any, adapter: str) -> set[str]:

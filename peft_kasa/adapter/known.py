@@ -18,12 +18,12 @@ class Adapter:
     rank: int
     scale: float
     awaiting: bool = True  # its slots have no values yet: a file or the method's start will give them
-    began: str = ""  # checksums of what learns, at the start; none where a file gave the values
+    start_checksums: str = ""  # of what learns, at the start; none where a file gave the values
     asks: list[Ask | None] = field(default_factory=list)  # the cuts that its start takes, None for other matrices
     peers: int = 1  # how many modules this adapter has in the model: what a mean runs over
     trained: bool = False  # a forward pass has asked for its gradients
     masters: dict[str, Tensor] = field(default_factory=dict)  # the learning slots' own float32 storage, no copies
-    frozen: dict[str, Tensor] = field(default_factory=dict)  # copies of what ZeRO-3 has in parts and does not save
+    gathered: dict[str, Tensor] = field(default_factory=dict)  # copies of what ZeRO-3 has in parts and does not save
 
     @property
     def uncalibrated(self) -> bool:

@@ -12,13 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..peft_type import PREFIX
 from ..spectral import LowRank
 from ..spectral.products import exact_products
 from . import slots as slot
 from .base.base_weight import BaseWeight
 from .base.sharding import at_hand, whole_shape, wholes
 from .filling import Filling
+from .keys import FROZEN, LEARNT
 from .known import Adapter
 from .merging import Merging
 from .rows import mixed
@@ -46,8 +46,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         name: the module's name in the model, used in errors and seeds.
     """
 
-    adapter_layer_names = (PREFIX + "learnt",)  # what PEFT switches on and off, and reports as trained
-    other_param_names = (PREFIX + "frozen", "adapters")
+    adapter_layer_names = (LEARNT,)  # what PEFT switches on and off, and reports as trained
+    other_param_names = (FROZEN, "adapters")
 
     def __init__(self, base_layer: nn.Module, name: str, **quantization: Any) -> None:
         super().__init__()

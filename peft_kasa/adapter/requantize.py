@@ -14,7 +14,7 @@ from ..methods.method import require
 from ..spectral import Engine
 from ..spectral.plan import Ask
 from . import slots as slot
-from .base.fingerprint import FINGERPRINT, OTHER, sketch
+from .base.fingerprint import FINGERPRINT, FOREIGN, sketch
 from .base.float_weights import Weights, reader
 from .base.fourbit import FourBit
 from .base.sharding import in_parts
@@ -150,8 +150,8 @@ def _made(layer: SpectralLinear, adapter: str, read: Callable[[str], Tensor], it
     require(weight.shape == plain.shape, f"{layer.name}: its float weight has to be of shape {shape}", weight.shape)
     weight = weight.to(plain.device)
     norm, before = weight.norm().item(), (weight - plain).norm().item()
-    rule = f"{layer.name}: the float weight has to be the one that was quantised, to {OTHER} of its norm"
-    require(before <= OTHER * norm, rule, f"distance {before / norm if norm else math.inf:.2f}")
+    rule = f"{layer.name}: the float weight has to be the one that was quantised, to {FOREIGN} of its norm"
+    require(before <= FOREIGN * norm, rule, f"distance {before / norm if norm else math.inf:.2f}")
     like: Any = layer.base.four_bits()
     rest, engine, config = weight, Engine(), layer.adapters[adapter].config
     for _ in range(iterations):

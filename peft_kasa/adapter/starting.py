@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.method import require
-from ..peft_type import PREFIX
 from ..spectral.plan import Solver
 from .base.guarding import guard
 from .experts.expert import SpectralExpert
 from .experts.wrapper import tidy
-from .files.anchors import PREFIX as ANCHOR
+from .files.anchors import ANCHOR
 from .files.checkpoint import left_out
 from .jobs import planned, run
+from .keys import FROZEN, slot_key
 from .layer import SpectralLinear
 
 
@@ -63,12 +63,12 @@ def adapted(model: nn.Module, adapter: str) -> dict[str, SpectralLinear]:
     return {layer.name: layer for layer in layers_of(model, adapter)}
 
 
-def begin(layers: list[SpectralLinear], adapter: str) -> None:
+def start_layers(layers: list[SpectralLinear], adapter: str) -> None:
     """Runs the method's start in each layer: several at a time, shared between ranks, behind a progress bar."""
     method = layers[0].adapters[adapter].config.name if layers else ""
 
     def work(layer: SpectralLinear, engine: Solver) -> None:
-        layer.begin(adapter, engine)
+        layer.start(adapter, engine)
 
     results = {layer: list(layer.slots(adapter).values()) for layer in layers}
     run(planned(results, adapter, work), f"{method}: decomposing")
@@ -89,7 +89,7 @@ def frames(layers: dict[str, SpectralLinear], adapter: str, state: dict[str, Ten
     found: dict[str, Tensor] = {}
     saved, own = {}, {}
     for path, layer in layers.items():
-        key = f"{path}.{PREFIX}frozen.{adapter}."
+        key = slot_key(path, FROZEN, adapter)
         saved[layer] = {name.removeprefix(key): value for name, value in state.items() if name.startswith(key + ANCHOR)}
         shapes = {slot: layer.slots(adapter)[slot].shape for slot in sorted(left_out(layer, adapter))}
         device = layer.base.device

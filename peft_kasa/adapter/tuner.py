@@ -18,12 +18,13 @@ from .base.guarding import guard
 from .base.misread import warn_of_misread
 from .base.offload import check_at_hand
 from .base.sharding import bare
-from .budget import adopt, start
+from .budget import adopt, start_adapter
 from .combining import Combining
 from .experts.wrapper import adapt, check_plain, stacks
 from .files import checkpoint
-from .files.anchors import PREFIX as ANCHOR
+from .files.anchors import ANCHOR
 from .files.file_fields import check_counts
+from .keys import FROZEN, slot_key
 from .layer import SpectralLinear
 from .mixing import by_row, repeats
 from .naming import check_name
@@ -88,7 +89,7 @@ class SpectralModel(Combining, BaseTuner):
             for layer in layers:
                 layer.adapters[adapter_name].peers = len(layers)
             if not values_follow and not (config.needs and config.statistics is None):
-                start(model, adapter_name)
+                start_adapter(model, adapter_name)
         except BaseException:
             withdraw(model, adapter_name)
             raise
@@ -163,7 +164,8 @@ class SpectralModel(Combining, BaseTuner):
         adopt(model, adapter_name, mapped)
         layers = dict(named_layers(model, adapter_name))
         if config.keeps_frames:  # a file may have more than is needed
-            mapped = {key: value for key, value in mapped.items() if f"frozen.{adapter_name}.{ANCHOR}" not in key}
+            anchor = slot_key("", FROZEN, adapter_name, ANCHOR)
+            mapped = {key: value for key, value in mapped.items() if anchor not in key}
         try:
             checkpoint.check(model, adapter_name, mapped)
             if not config.keeps_frames and not any(layer.base.absent for layer in layers.values()):
@@ -174,7 +176,7 @@ class SpectralModel(Combining, BaseTuner):
             raise
         for layer in layers.values():
             known = layer.adapters[adapter_name]
-            known.awaiting, known.began = layer.on_meta(adapter_name), ""  # checked at first use then
+            known.awaiting, known.start_checksums = layer.on_meta(adapter_name), ""  # checked at first use then
         return mapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..adapter.base.base_weight import BaseWeight
 from ..adapter.base.fingerprint import SIDE, sketch
-from ..adapter.budget import start
+from ..adapter.budget import start_adapter
 from ..adapter.files.statistics import Statistics
 from ..adapter.files.statistics_file import About, Where
 from ..adapter.layer import SpectralLinear
-from ..adapter.starting import adapter_names, begin, layers_of
+from ..adapter.starting import adapter_names, layers_of, start_layers
 from ..methods.method import SpectralConfig
 from ..methods.site import Needs
 from ..spectral import triangle
@@ -103,16 +103,8 @@ def calibrate(
     path = "" if path is None else os.fspath(path)
     bounded = memory is not None or config.needs == "gradients"
     streamed = bounded and (path or layers) and config.rank_budget is None
-    if (
-        config.needs == "gradients"
-        and not streamed
-        and (held := sum(4 * math.prod(_shape(module)) for module in modules.values())) > MEMORY
-    ):
-        warnings.warn(
-            f"All mean gradients are held at once: {held / 1e9:.1f} GB. With `path`, or on an adapter that is there "
-            "already, and without a rank_budget, they are streamed.",
-            stacklevel=2,
-        )
+    if config.needs == "gradients" and not streamed:
+        _warn_of_size(modules)
     groups = _groups(modules, memory or MEMORY, config.needs) if streamed else [list(modules)]
     work = _Work(task, modules, _sketches(modules), path)
     before = config.statistics
@@ -124,7 +116,7 @@ def calibrate(
                 raise ValueError("Data has to come in the same order each time. Found another: turn shuffling off.")
             if layers:
                 config.statistics = part
-                _begin(model, str(adapter), [layer for layer in layers if layer.name in names])
+                _start(model, str(adapter), [layer for layer in layers if layer.name in names])
             parts.append(part.freed() if layers and bounded and not path else part)
         whole = parts[0] if len(parts) == 1 else work.joined(parts)
     except BaseException:
@@ -198,11 +190,21 @@ def _subject(model: nn.Module, adapter: str | SpectralConfig) -> tuple[SpectralC
     return config, layers
 
 
-def _begin(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> None:
+def _start(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> None:
     if layers[0].adapters[adapter].config.rank_budget is None:
-        begin(layers, adapter)
+        start_layers(layers, adapter)
     else:  # chooses ranks first, over all modules
-        start(model, adapter, again=True)
+        start_adapter(model, adapter, again=True)
+
+
+def _warn_of_size(modules: Mapping[str, nn.Module]) -> None:
+    """Where mean gradients are all held at once, and are many."""
+    if (held := sum(4 * math.prod(_shape(module)) for module in modules.values())) > MEMORY:
+        warnings.warn(
+            f"All mean gradients are held at once: {held / 1e9:.1f} GB. With `path`, or on an adapter that is there "
+            "already, and without a rank_budget, they are streamed.",
+            stacklevel=3,
+        )
 
 
 def _groups(modules: Mapping[str, nn.Module], memory: int, kind: Needs) -> list[list[str]]:

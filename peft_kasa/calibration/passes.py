@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapter.base.fingerprint import OTHER, distance
+from ..adapter.base.fingerprint import FOREIGN, distance
 from ..adapter.files.statistics import Statistics
 from ..adapter.files.statistics_file import About
 from ..methods.site import Needs
@@ -188,9 +188,9 @@ def compatible(found: Statistics, about: About, path: str) -> None:
     if missing := [name for name in about.targets if name not in old.targets]:
         raise ValueError(f"{path} is not of {missing[0]} ({len(missing)} such modules). {remedy}")
     for name in about.targets:
-        if (far := distance(old.sketches[name], about.sketches[name])) > OTHER:
+        if (far := distance(old.sketches[name], about.sketches[name])) > FOREIGN:
             raise ValueError(
-                f"{path} is of another base model: {name} differs by {far:.2f} of its norm, the limit is {OTHER}. "
+                f"{path} is of another base model: {name} differs by {far:.2f} of its norm, the limit is {FOREIGN}. "
                 f"{remedy}"
             )
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..adapter import slots as slot
 from ..adapter.files.config_file import AdapterConfigFile
 from ..adapter.filling import given_rank, module_scale
+from ..adapter.keys import FROZEN, LEARNT
 from ..adapter.layer import SpectralLinear
 from ..methods.method import SpectralConfig, require
-from ..peft_type import PREFIX
 from ..spectral import LowRank
 from .adapter_file import AdapterFile
 
@@ -34,7 +34,7 @@ class FamilyFile(AdapterFile):
     @cached_property
     def slots(self) -> dict[str, dict[str, Tensor]]:
         modules: dict[str, dict[str, Tensor]] = {}
-        for module, name, value in self.found(rf"{PREFIX}(?:learnt|frozen)\.(?P<slot>\w+)"):
+        for module, name, value in self.found(rf"(?:{LEARNT}|{FROZEN})\.(?P<slot>\w+)"):
             modules.setdefault(module, {})[name] = value
         require(bool(modules), f"{self.path} has to hold slots of the family", sorted(self.tensors)[:3])
         return modules
@@ -43,7 +43,7 @@ class FamilyFile(AdapterFile):
         return given_rank(self.config, name) or self.config.r or len(self.slots[name]["core"])
 
     def learns(self, key: str) -> bool:
-        return f".{PREFIX}frozen." not in key
+        return f".{FROZEN}." not in key
 
     @torch.no_grad()
     def update(self, name: str, layer: SpectralLinear | None = None) -> LowRank | None:

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapter.experts.expert import SpectralExpert
+from ..adapter.keys import is_slot
 from ..adapter.layer import SpectralLinear
 from ..adapter.naming import exactly
 from ..adapter.starting import adapted
 from ..files import replacing
 from ..methods.method import SpectralConfig, require
-from ..peft_type import NAME, PREFIX
+from ..peft_type import NAME
 from .lora_tensors import plain, stacked
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
@@ -157,7 +158,7 @@ def _beyond_slots(model: Any, adapter: str, config: SpectralConfig, uniform: boo
             "LoRA. Pass uniform=False for a LoRA that PEFT loads, or merge_and_unload."
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {key: value.clone() for key, value in state.items() if f".{PREFIX}" not in key}  # tied ones share memory
+    return {key: value.clone() for key, value in state.items() if not is_slot(key)}  # tied ones share memory
 
 
 def _lora_config(

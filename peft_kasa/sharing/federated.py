@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ..adapter.files import source
 from ..adapter.files.config_file import AdapterConfigFile
+from ..adapter.keys import FROZEN, LEARNT, slot_of
 from ..files import replacing
 from ..methods.method import require
-from ..peft_type import NAME, PREFIX
-
-LEARNT, FROZEN = f".{PREFIX}learnt.", f".{PREFIX}frozen."
+from ..peft_type import NAME
 
 
 def average_cores(
@@ -89,7 +88,7 @@ def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, 
     require(config.get("peft_type") == NAME, f"{folder}: peft_type has to be {NAME}", config.get("peft_type"))
     source.check(folder)
     state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
-    learnt = sorted({key.rpartition(".")[2] for key in state if LEARNT in key})
+    learnt = sorted({slot_of(key) for key in state if LEARNT in key})
     rule = f"{folder}: only cores may learn, since the mean of several factors is not the mean of their products"
     require(learnt == ["core"], rule, learnt)
     rule = f"{folder}: the core has to be linear in what learns, or the mean is not the mean of the updates"

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..adapter.base.fingerprint import FINGERPRINT, sketch
 from ..adapter.files import source
+from ..adapter.keys import FROZEN, LEARNT, file_key
 from ..adapter.layer import SpectralLinear
 from ..adapter.starting import named_layers, withdraw
 from ..methods import EVAConfig, PiSSAConfig, SpectralConfig
 from ..methods.method import require
-from ..peft_type import PREFIX
 from .before import Before
 from .lora_kinds import CARRIED, check, displaces, recomputable
 from .lora_tensors import Pair
@@ -106,13 +106,13 @@ def _fill(
     state = dict(state)
     for path, layer in named_layers(model, adapter):
         pair = _pair(state, path, layer.name)
-        begun = (
-            (_pair(dict(known), path, layer.name) if known else _peft_start(layer, adapter, lora)) if start else None
-        )
+        begun = None
+        if start:
+            begun = _pair(dict(known), path, layer.name) if known else _peft_start(layer, adapter, lora)
         for slot, value in _slots(pair, begun).items():
-            kind = "learnt" if slot in layer.learnt(adapter) else "frozen"
-            state[f"{path}.{PREFIX}{kind}.{slot}"] = value
-        state[f"{path}.{PREFIX}frozen.{FINGERPRINT}"] = sketch(layer.base.matrix(as_repacked=True))
+            kind = LEARNT if slot in layer.learnt(adapter) else FROZEN
+            state[file_key(path, kind, slot)] = value
+        state[file_key(path, FROZEN, FINGERPRINT)] = sketch(layer.base.matrix(as_repacked=True))
     if left := sorted(key for key in state if ".lora_" in key):
         raise ValueError(
             f"{left[0]}: nothing takes this tensor ({len(left)} in all). Give the base the LoRA was made on."

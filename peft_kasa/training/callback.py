@@ -13,7 +13,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from ..adapter.base.sharding import in_zero3, wholes
 from ..adapter.starting import all_layers
 from .held import Held, stepped_by_zero
-from .regularise import _regularized, penalty, warn_unheld
+from .regularise import penalty, regularized, warn_unheld
 
 
 class SpectralCallback(TrainerCallback):
@@ -33,7 +33,7 @@ class SpectralCallback(TrainerCallback):
             return
         warn_unmoved(model)
         keep_frozen(model, args.should_save)
-        terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
+        terms = [(layer, name) for layer in all_layers(model) for name in regularized(layer)]
         if not terms:
             return
         held = Held(optimizer)
@@ -42,7 +42,7 @@ class SpectralCallback(TrainerCallback):
             warn_unheld(unheld)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
-        if model is None or not logs or "loss" not in logs or not any(map(_regularized, all_layers(model))):
+        if model is None or not logs or "loss" not in logs or not any(map(regularized, all_layers(model))):
             return
         with torch.no_grad():
             logs["penalty"] = penalty(model).item()
@@ -82,7 +82,7 @@ def keep_frozen(model: nn.Module, here: bool) -> None:
             frozen = dict(layer.peft_kasa_frozen[adapter].named_parameters())
             if any(map(in_zero3, frozen.values())):
                 whole = wholes(frozen)
-                known.frozen = {name: value.detach().to("cpu", copy=True) for name, value in whole.items() if here}
+                known.gathered = {name: value.detach().to("cpu", copy=True) for name, value in whole.items() if here}
 
 
 def _master(parameter: nn.Parameter, kept: torch.Tensor | None) -> torch.Tensor:

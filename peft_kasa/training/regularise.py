@@ -49,7 +49,7 @@ def penalty(model: nn.Module, adapter: str | None = None) -> Tensor:
     """
     settle(model)
     if adapter is None:
-        terms = [(layer, name) for layer in all_layers(model) for name in _regularized(layer)]
+        terms = [(layer, name) for layer in all_layers(model) for name in regularized(layer)]
     else:
         terms = [(layer, adapter) for layer in all_layers(model) if adapter in layer.adapters]
         if not terms:
@@ -85,7 +85,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _terms(optimizer: Optimizer) -> list[Term]:
     """The layers and adapters whose regulariser is on and whose parameters this optimiser steps."""
-    every = [(layer, name) for layer in living() for name in _regularized(layer)]
+    every = [(layer, name) for layer in living() for name in regularized(layer)]
     if not every:
         return []
     held = Held(optimizer)
@@ -100,7 +100,7 @@ def _terms(optimizer: Optimizer) -> list[Term]:
     return sorted(terms, key=lambda term: (term[0].name, term[1]))
 
 
-def _regularized(layer: SpectralLinear) -> list[str]:
+def regularized(layer: SpectralLinear) -> list[str]:
     active = (name for name in layer.active_adapters if name in layer.adapters)
     known = ((name, layer.adapters[name]) for name in active)
     return [name for name, a in known if a.config.regularizes and not a.awaiting and layer.learning(name)]

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import resolve_quantization_backend
@@ -18,6 +18,15 @@ from ..slots import Product
 from .fourbit import FourBit, packed, state_of, unpacked
 from .offload import away, brought, work_device
 from .sharding import in_parts, in_zero3, whole
+
+
+class Quantised(NamedTuple):
+    """What `overwrite` takes out of a quantised layer."""
+
+    weight: nn.Parameter
+    scales: Any  # of a 4-bit weight
+    taken: tuple[Tensor, Tensor] | None  # what the matrix state of an 8-bit layer has taken over: CB, SCB
+    correction: Product | None
 
 
 class BaseWeight:
@@ -132,7 +141,7 @@ class BaseWeight:
             weight.data = unpacked(weight.data, weight.quant_state)
             weight.quant_state = copy.copy(self._scales)
 
-    def overwrite(self, weight: Tensor, owner: Any) -> Any:
+    def overwrite(self, weight: Tensor, owner: Any) -> Tensor | Quantised:
         """Stores an (out, in) matrix in the layer's own format, and returns the original for `restore`."""
         weight = weight.T if self.transposed else weight
         if self.backend is None:
@@ -142,14 +151,14 @@ class BaseWeight:
             return original
         state: Any = self.layer.state if _is_8bit(self.layer) else None  # it takes the quantised weight over
         taken = None if state is None else (state.CB, state.SCB)
-        stored = (self.layer.weight, self._scales, taken, self.correction)
+        stored = Quantised(self.layer.weight, self._scales, taken, self.correction)
         self.backend.set_base_weight(owner, weight)
         self._scales, self.correction = self._current_scales(), None
         return stored
 
-    def restore(self, original: Any) -> None:
+    def restore(self, original: Tensor | Quantised) -> None:
         """Puts back what `overwrite` returned, bit for bit."""
-        if self.backend is None:
+        if not isinstance(original, Quantised):
             with brought(self.layer, to_write=True):
                 self.layer.weight.data.copy_(original)
             return

@@ -9,7 +9,7 @@ FINGERPRINT = "fingerprint"  # the slot
 SIDE = 8  # the sketch is SIDE x SIDE numbers
 
 SAME = 1e-5  # relative distance below which two weights count as one: rounding of the sketch itself is about 1e-7
-OTHER = 0.25  # above it the weight is another one: bf16 storage is at 2e-3, int8 at 1e-2, nf4 at 9e-2, strangers at 1.4
+FOREIGN = 0.25  # above it, it is another weight: bf16 storage is at 2e-3, int8 at 1e-2, nf4 at 9e-2, strangers at 1.4
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-PREFIX = "anchor_"
+ANCHOR = "anchor_"  # what the names of their slots start with
 DOWN = ("left0", "left", "cut_left")  # vectors are columns
 ACROSS = ("right0", "right", "cut_right")  # vectors are rows
 PRODUCTS = 2
@@ -23,7 +23,7 @@ LIMIT = 1e-3
 def anchors(slots: Mapping[str, Tensor], learnt: Collection[str]) -> dict[str, Tensor]:
     """The anchors (2, k) of all frames among these slots."""
     return {
-        PREFIX + name: _anchor(name, value)
+        ANCHOR + name: _anchor(name, value)
         for name, value in slots.items()
         if name in (*DOWN, *ACROSS) and name not in learnt
     }
@@ -31,7 +31,7 @@ def anchors(slots: Mapping[str, Tensor], learnt: Collection[str]) -> dict[str, T
 
 def left_out(names: Collection[str], kept: Collection[str]) -> set[str]:
     """The slots that a compact checkpoint does without: all but those in `kept`, anchors and `fixed`."""
-    return {name for name in names if name not in kept and name != "fixed" and not name.startswith(PREFIX)}
+    return {name for name in names if name not in kept and name != "fixed" and not name.startswith(ANCHOR)}
 
 
 def aligned(frames: dict[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def aligned(frames: dict[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str,
     """
     result = dict(frames)
     for name, anchor in saved.items():
-        slot = name.removeprefix(PREFIX)
+        slot = name.removeprefix(ANCHOR)
         frame, anchor = frames[slot], anchor.to(frames[slot])
         found = _anchor(slot, frame)
         sign = torch.where((found * anchor).sum(0) < 0, -1.0, 1.0).to(frame)

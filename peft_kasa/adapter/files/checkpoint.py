@@ -11,9 +11,9 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from ...methods.method import require
-from ...peft_type import PREFIX
-from ..base.fingerprint import FINGERPRINT, OTHER, SAME, distance, sketch
+from ..base.fingerprint import FINGERPRINT, FOREIGN, SAME, distance, sketch
 from ..base.sharding import in_parts, whole_shape, wholes
+from ..keys import FROZEN, LEARNT, adapter_of, is_slot, slot_key, slot_of
 from . import anchors
 from .biases import check_biases, trained_biases
 from .expected import Expected, check_keys, check_value
@@ -26,11 +26,7 @@ DRIFT = (
 
 def own(state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
     """A state dict without other adapters' slots: PEFT lets them in where an adapter is called as all modules are."""
-    return {key: value for key, value in state.items() if PREFIX not in key or _adapter(key) == adapter}
-
-
-def _adapter(key: str) -> str:
-    return key.rpartition(PREFIX)[2].split(".")[1]
+    return {key: value for key, value in state.items() if not is_slot(key) or adapter_of(key) == adapter}
 
 
 def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> None:
@@ -39,17 +35,17 @@ def complete(state: dict[str, Tensor], path: str, layer: Any, adapter: str) -> N
     Tensors that are whole in it stay, so that one process can save what all have gathered.
     """
     keys = _keys(path, layer, adapter)
-    copies = layer.adapters[adapter].frozen
+    copies = layer.adapters[adapter].gathered
     given = {slot: state.pop(key, copies.get(slot)) for slot, (key, _) in keys.items()}
     asked = {
         slot: found if (found := given[slot]) is not None and _has_all(found, value) else value
         for slot, (_, value) in keys.items()
     }
     slots = {slot: value.detach() for slot, value in wholes(asked).items()}
-    kept = {slot: value for slot, value in slots.items() if not slot.startswith(anchors.PREFIX)}
+    kept = {slot: value for slot, value in slots.items() if not slot.startswith(anchors.ANCHOR)}
     if not layer.adapters[adapter].config.keeps_frames:
         kept |= anchors.anchors(kept, layer.learnt(adapter))
-    without, new = left_out(layer, adapter), f"{path}.{PREFIX}frozen.{adapter}."  # anchors, if save_frames was switched
+    without, new = left_out(layer, adapter), slot_key(path, FROZEN, adapter)  # anchors, if save_frames was switched
     state |= {keys[s][0] if s in keys else new + s: value for s, value in kept.items() if s not in without}
 
 
@@ -60,9 +56,9 @@ def _has_all(found: Tensor, value: Tensor) -> bool:
 
 def _keys(path: str, layer: Any, adapter: str) -> dict[str, tuple[str, Tensor]]:
     """Each slot's key in a state dict, and its value in the layer."""
-    holders = {"learnt": layer.peft_kasa_learnt[adapter], "frozen": layer.peft_kasa_frozen[adapter]}
+    holders = {LEARNT: layer.peft_kasa_learnt[adapter], FROZEN: layer.peft_kasa_frozen[adapter]}
     return {
-        slot: (f"{path}.{PREFIX}{kind}.{adapter}.{slot}", value)
+        slot: (slot_key(path, kind, adapter, slot), value)
         for kind, holder in holders.items()
         for slot, value in holder.named_parameters()
     }
@@ -84,9 +80,7 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: keys that are missing or that nothing takes, another shape, NaN, or another base.
     """
-    ours: dict[str, Any] = {
-        path: module for path, module in model.named_modules() if hasattr(module, PREFIX + "learnt")
-    }
+    ours: dict[str, Any] = {path: module for path, module in model.named_modules() if hasattr(module, LEARNT)}
     layers = {path: layer for path, layer in ours.items() if adapter in layer.adapters}
     config: Any = next((layer.adapters[adapter].config for layer in layers.values()), None)
     expected = {
@@ -103,8 +97,8 @@ def check(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     for key, each in expected.items():
         check_value(*each, state[key])
     for path, layer in layers.items():
-        _check_core(layer, adapter, f"{path}.{PREFIX}", state)
-    saved = {layer: state[f"{path}.{PREFIX}frozen.{adapter}.{FINGERPRINT}"] for path, layer in layers.items()}
+        _check_core(layer, adapter, path, state)
+    saved = {layer: state[slot_key(path, FROZEN, adapter, FINGERPRINT)] for path, layer in layers.items()}
     _warn_of_drift({layer.name: _check_base(layer, adapter, sketched) for layer, sketched in saved.items()})
 
 
@@ -167,13 +161,13 @@ def _is_embedding(key: str) -> bool:
     )
 
 
-def _check_core(layer: Any, adapter: str, prefix: str, state: dict[str, Tensor]) -> None:
+def _check_core(layer: Any, adapter: str, path: str, state: dict[str, Tensor]) -> None:
     """Where the core is made of what learns and of what is kept beside it, such as places in a matrix, it is made once.
 
     Before any value is loaded: a place outside of the matrix would fail at the first forward pass.
     """
-    held = (f"{prefix}learnt.{adapter}.", f"{prefix}frozen.{adapter}.")
-    slots = {key.rpartition(".")[2]: value.float() for key, value in state.items() if key.startswith(held)}
+    held = (slot_key(path, LEARNT, adapter), slot_key(path, FROZEN, adapter))
+    slots = {slot_of(key): value.float() for key, value in state.items() if key.startswith(held)}
     if "fixed" not in slots:
         return
     known = layer.adapters[adapter]
@@ -191,10 +185,10 @@ def _check_base(layer: Any, adapter: str, saved: Tensor) -> float:
     if layer.base.absent:
         return 0.0
     found = distance(saved, sketch(layer.original()))  # without what other adapters have merged into it
-    if found > OTHER:
+    if found > FOREIGN:
         raise ValueError(
             f"{layer.name}: the adapter was trained on another weight (relative distance {found:.2f}, the limit is "
-            f"{OTHER}). Load the base model that adapter_config.json names."
+            f"{FOREIGN}). Load the base model that adapter_config.json names."
         )
     if found > SAME and not layer.adapters[adapter].config.keeps_frames:
         raise ValueError(

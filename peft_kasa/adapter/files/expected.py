@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...peft_type import PREFIX
+from ..keys import is_slot, module_of, slot_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -23,8 +23,8 @@ class Expected(NamedTuple):
 
 def check_keys(method: str, expected: dict[str, Expected], state: dict[str, Tensor]) -> None:
     """Raises ValueError for slots, by their keys, that are missing or that nothing takes."""
-    modules = {_module(key) for key in expected}
-    ours, theirs = ({_slot(key) for key in keys if _module(key) in modules} for keys in (expected, state))
+    modules = {module_of(key) for key in expected}
+    ours, theirs = ({slot_of(key) for key in keys if module_of(key) in modules} for keys in (expected, state))
     if theirs and ours != theirs:
         raise ValueError(
             f"{next(iter(expected.values())).name}: the adapter's file was saved by another method, variant or "
@@ -37,10 +37,10 @@ def check_keys(method: str, expected: dict[str, Expected], state: dict[str, Tens
             "tensors missing in all). Its config targets modules that were not saved, or the file is damaged: save it "
             "again, or restore its own adapter_config.json."
         )
-    if extra := [key for key in state if f".{PREFIX}" in key and key not in expected]:
-        name = _module(extra[0]).removeprefix("base_model.model.")
+    if extra := [key for key in state if is_slot(key) and key not in expected]:
+        name = module_of(extra[0]).removeprefix("base_model.model.")
         raise ValueError(
-            f"{name}: the adapter's file has {_slot(extra[0])}, which nothing in this model takes "
+            f"{name}: the adapter's file has {slot_of(extra[0])}, which nothing in this model takes "
             f"({len(extra)} such tensors). Load it onto the base, and with the adapter_config.json, it came from."
         )
 
@@ -57,14 +57,6 @@ def check_value(name: str, slot: str, shape: tuple[int, ...], rank: int | None, 
         raise ValueError(f"{name}: {slot} has to be {DTYPES}. Found {found.dtype} in the adapter's file: use another.")
     if not torch.isfinite(found).all():
         raise ValueError(f"{name}: {slot} in the adapter's file has NaN or infinite entries. Use another checkpoint.")
-
-
-def _module(key: str) -> str:
-    return key.rpartition(f".{PREFIX}")[0]
-
-
-def _slot(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def _other_rank(shape: tuple[int, ...], rank: int | None, found: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...methods.site import Needs
 from ...spectral.covariance import Covariance
-from ..base.fingerprint import OTHER, distance
+from ..base.fingerprint import FOREIGN, distance
 from . import statistics_file as disk
 from .statistics_file import About, Value, Where
 
@@ -108,10 +108,10 @@ class Statistics:
         if kind != self.kind:
             raise ValueError(f"The start needs {kind}. Found statistics of {self.kind}{where}: calibrate for it.")
         saved = self._about.sketches.get(name)
-        if saved is not None and (far := distance(saved, sketch)) > OTHER:
+        if saved is not None and (far := distance(saved, sketch)) > FOREIGN:
             raise ValueError(
                 f"{name}: the statistics{where} are of another base model (relative distance {far:.2f} of the weights, "
-                f"the limit is {OTHER}). Calibrate on this one, into another `path`."
+                f"the limit is {FOREIGN}). Calibrate on this one, into another `path`."
             )
 
     def save(self, path: Where) -> None:
