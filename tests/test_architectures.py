@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def bert(kind: type) -> nn.Module:
     return kind(BertConfig(vocab_size=64, **sizes, **off, num_labels=3, initializer_range=0.2))
 
 
+HEADS = ["classifier", "score"]
 ROWS = tokens(4, 8)
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], str]] = {
     "SEQ_2_SEQ_LM": (t5, {"labels": tokens(4, 6, seed=1)}, "logits"),
@@ -93,6 +95,15 @@ def test_every_kind_of_model_can_be_adapted(kind: str, member: Member, tmp_path:
     lora = PeftModel.from_pretrained(base(kind), str(tmp_path / "lora"))
     torch.testing.assert_close(outputs(lora, kind), trained, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(outputs(again.merge_and_unload(), kind), trained, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tasks_heads_are_named_once_however_often_an_adapter_is_saved(tmp_path: Path) -> None:
+    """PEFT appends them to modules_to_save whenever a model is wrapped."""
+    model = get_peft_model(KINDS["SEQ_CLS"][0](), KaSAConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["modules_to_save"] == HEADS
+        model = PeftModel.from_pretrained(KINDS["SEQ_CLS"][0](), tmp_path / name)
 
 
 def mixtral() -> MixtralForCausalLM:

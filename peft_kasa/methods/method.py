@@ -223,6 +223,8 @@ class SpectralConfig(arguments.Checked, PeftConfig):
         """The fields as adapter_config.json holds them: sets become sorted lists, so that a file is reproducible."""
         fields = super().to_dict()
         del fields["statistics"]
+        if fields["modules_to_save"]:  # PEFT appends a task's heads at every load
+            fields["modules_to_save"] = list(dict.fromkeys(fields["modules_to_save"]))
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
