@@ -99,11 +99,16 @@ def test_every_kind_of_model_can_be_adapted(kind: str, member: Member, tmp_path:
 
 def test_a_tasks_heads_are_named_once_however_often_an_adapter_is_saved(tmp_path: Path) -> None:
     """PEFT appends them to modules_to_save whenever a model is wrapped."""
-    model = get_peft_model(KINDS["SEQ_CLS"][0](), KaSAConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return KINDS["SEQ_CLS"][0]()
+
+    model = get_peft_model(base(), KaSAConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     for name in ("one", "two"):
         model.save_pretrained(tmp_path / name)
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["modules_to_save"] == HEADS
-        model = PeftModel.from_pretrained(KINDS["SEQ_CLS"][0](), tmp_path / name)
+        model = PeftModel.from_pretrained(base(), tmp_path / name)
 
 
 def mixtral() -> MixtralForCausalLM:
