@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -93,6 +94,24 @@ def test_sft_trains_and_prints_nothing_but_json(folder: Path) -> None:
     assert (config.r, config.truncation, config.form) == (4, 2, "paper")
     assert config.target_modules == {"q_proj", "v_proj"}
     assert told["learns"] == 2 * 4 * (64 + 64 + 1 + 64 + 32 + 1)
+
+
+@pytest.mark.real
+def test_sft_trains_in_two_processes_as_the_page_says(folder: Path) -> None:
+    words = f"""
+        --nproc-per-node 2 -m -- peft_kasa_cli sft --json
+        --model_name_or_path base --dataset_name train.jsonl --output_dir two {SHORT}
+        --per_device_train_batch_size 2 --max_steps 3 --logging_steps 1 --learning_rate 1e-2 --r 4
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", *words.split()]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # the first process alone tells
+    assert told["last_loss"] < told["first_loss"]
+    assert re.findall(r"'epoch': '([\d.]+)'}$", done.stderr, re.M)[-1] == "0.75"  # 3 steps of 2 x 2 rows, of 16
+    assert (
+        PeftModel.from_pretrained(bases.load(str(folder / "base")), str(folder / "two")).peft_config["default"].r == 4
+    )
 
 
 def test_sft_calibrates_what_starts_from_data(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
