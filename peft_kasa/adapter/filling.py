@@ -24,6 +24,7 @@ from .base.sharding import whole
 from .files import anchors, checkpoint
 from .files.statistics import located
 from .known import Adapter
+from .slotted import Slotted
 
 _settling = threading.RLock()
 
@@ -40,10 +41,10 @@ class Holder(nn.Module):
         return super()._apply(moved, recurse)
 
 
-class Filling:
+class Filling(Slotted):
     """The part of a `SpectralLinear` that makes slots and gives them values."""
 
-    def reserve(self: Any, adapter: str, config: SpectralConfig) -> None:
+    def reserve(self, adapter: str, config: SpectralConfig) -> None:
         """Makes the slots of an adapter, without values: NaN until `start` or a file gives them."""
         m, n = self.out_features, self.in_features
         rank = given_rank(config, self.pattern_name) or config.r or min(m, n)
@@ -68,11 +69,11 @@ class Filling:
                 known.masters[name] = empty
 
     @torch.no_grad()
-    def start(self: Any, adapter: str, engine: Solver) -> None:
+    def start(self, adapter: str, engine: Solver) -> None:
         """Gives the adapter its method's start, computed from the base weight."""
         self.fill(adapter, self._computed(adapter, engine))
 
-    def fill(self: Any, adapter: str, values: dict[str, Tensor]) -> None:
+    def fill(self, adapter: str, values: dict[str, Tensor]) -> None:
         """Gives the adapter the values of a start."""
         config, learnt = self.adapters[adapter].config, self.learnt(adapter)
         if not config.keeps_frames:
@@ -85,7 +86,7 @@ class Filling:
                 parameter.add_(sample.normal_(0, 0.05, generator=noise).to(parameter.device))
 
     @torch.no_grad()
-    def frames(self: Any, adapter: str, saved: Mapping[str, Tensor], engine: Solver) -> dict[str, Tensor]:
+    def frames(self, adapter: str, saved: Mapping[str, Tensor], engine: Solver) -> dict[str, Tensor]:
         """What a compact checkpoint leaves out: what is here if its anchors fit it, or else computed again.
 
         Raises:
@@ -101,26 +102,26 @@ class Filling:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def _rebuild(self: Any, adapter: str) -> None:
+    def _rebuild(self, adapter: str) -> None:
         saved = {name: value for name, value in self.slots(adapter).items() if name.startswith(anchors.ANCHOR)}
         for name, value in self.frames(adapter, saved, Engine()).items():
             value = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # not a view of W
             self.peft_kasa_frozen[adapter].register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def remember(self: Any, adapter: str) -> None:
+    def remember(self, adapter: str) -> None:
         """Notes what the adapter starts from, to tell later whether it has been trained."""
         known = self.adapters[adapter]
         known.awaiting, known.start_checksums = False, self._state(adapter)
 
-    def has_moved(self: Any, adapter: str) -> bool:
+    def has_moved(self, adapter: str) -> bool:
         """Whether the adapter has values that are not its start's: it was trained, or came from a file."""
         known = self.adapters[adapter]
         return not known.awaiting and known.start_checksums != self._state(adapter)
 
-    def _state(self: Any, adapter: str) -> str:
+    def _state(self, adapter: str) -> str:
         return repr([checksum(whole(value)) for value in self.peft_kasa_learnt[adapter].parameters()])
 
-    def settle(self: Any, adapter: str) -> None:
+    def settle(self, adapter: str) -> None:
         """Makes sure that the adapter has values: a file's, checked, or else its method's start.
 
         Raises:
@@ -133,7 +134,7 @@ class Filling:
             if self.adapters[adapter].awaiting:  # no other thread was first
                 self._settle(adapter)
 
-    def _settle(self: Any, adapter: str) -> None:
+    def _settle(self, adapter: str) -> None:
         known = self.adapters[adapter]
         if checkpoint.arrived(self, adapter):
             slots = self.slots(adapter)
@@ -155,27 +156,19 @@ class Filling:
             self.start(adapter, Engine())
             self.remember(adapter)
 
-    def learnt(self: Any, adapter: str) -> set[str]:
-        """The names of the adapter's slots that learn."""
-        return set(self.peft_kasa_learnt[adapter]._parameters)
-
-    def on_meta(self: Any, adapter: str) -> bool:
-        """Whether the adapter's slots, or the base weight, are without storage."""
-        return self.base.absent or any(value.is_meta for value in self.slots(adapter).values())
-
-    def _computed(self: Any, adapter: str, engine: Solver) -> dict[str, Tensor]:
+    def _computed(self, adapter: str, engine: Solver) -> dict[str, Tensor]:
         """The slots of the start at the base weight, and the fingerprint of that."""
         weight = self.source(adapter)
         fingerprint = sketch(self.base.matrix(as_repacked=True))
         self._check_statistics(adapter, fingerprint)
         return slot.pack(self.start_at(adapter, weight, engine)) | {FINGERPRINT: fingerprint}
 
-    def _check_statistics(self: Any, adapter: str, fingerprint: Tensor) -> None:
+    def _check_statistics(self, adapter: str, fingerprint: Tensor) -> None:
         config = self.adapters[adapter].config
         if config.statistics is not None and config.needs:
             located(config.statistics).check(self.name, config.needs, fingerprint)
 
-    def source(self: Any, adapter: str) -> Tensor:
+    def source(self, adapter: str) -> Tensor:
         """The weight (m, n) that the adapter starts from.
 
         What is left out of a checkpoint starts from a 4-bit weight as repacked, so that it comes out the same from a
@@ -183,7 +176,7 @@ class Filling:
         """
         return self._intact(adapter, as_repacked=bool(checkpoint.left_out(self, adapter)))
 
-    def _intact(self: Any, adapter: str, as_repacked: bool = False) -> Tensor:
+    def _intact(self, adapter: str, as_repacked: bool = False) -> Tensor:
         """The base weight, which has to be there and finite."""
         weight = self.base.matrix(as_repacked)
         if weight.is_meta:
@@ -195,11 +188,11 @@ class Filling:
             raise ValueError(f"{self.name}: the base weight has {bad} NaN or infinite entries. Load an intact base.")
         return weight
 
-    def _generator(self: Any, adapter: str, use: str = "") -> torch.Generator:
+    def _generator(self, adapter: str, use: str = "") -> torch.Generator:
         seed = self.adapters[adapter].config.seed
         return torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name} {use}".encode()))
 
-    def site(self: Any, adapter: str, weight: Tensor, engine: Solver) -> Site:
+    def site(self, adapter: str, weight: Tensor, engine: Solver) -> Site:
         """The layer as the adapter's method sees it."""
         known = self.adapters[adapter]
         evidence, sequences = None, 1
@@ -212,7 +205,7 @@ class Filling:
         return Site(self.name, weight, known.rank, known.scale, self._generator(adapter), engine, evidence, sequences)
 
     @torch.no_grad()
-    def shares(self: Any, adapter: str, k: int, engine: Solver) -> Tensor:
+    def shares(self, adapter: str, k: int, engine: Solver) -> Tensor:
         """What each of the k largest triples of the start's source holds of the whole, (k,): for `rank_budget`."""
         self._check_statistics(adapter, sketch(self.base.matrix(as_repacked=True)))
         site = self.site(adapter, self.source(adapter), engine)
@@ -221,7 +214,7 @@ class Filling:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def start_at(self: Any, adapter: str, weight: Tensor, engine: Solver) -> Start:
+    def start_at(self, adapter: str, weight: Tensor, engine: Solver) -> Start:
         """The method's start at a weight (m, n)."""
         try:
             return self.adapters[adapter].config.start(self.site(adapter, weight, engine))

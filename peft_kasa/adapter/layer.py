@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..spectral import LowRank
-from ..spectral.products import exact_products
 from . import slots as slot
-from .base.base_weight import BaseWeight
-from .base.sharding import at_hand, whole_shape, wholes
-from .filling import Filling
+from .base.sharding import at_hand
 from .keys import FROZEN, LEARNT
-from .known import Adapter
 from .merging import Merging
 from .rows import mixed
 
@@ -33,7 +28,7 @@ def living() -> list[SpectralLinear]:
         return list(_living)
 
 
-class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
+class SpectralLinear(Merging, BaseTunerLayer):
     """A linear layer with adapters of the family; PEFT makes these, users meet them in `print(model)`.
 
     The base layer is called. Only `merge` and, on request, `requantize` write it; `unmerge` and `unload` put the exact
@@ -50,15 +45,8 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     other_param_names = (FROZEN, "adapters")
 
     def __init__(self, base_layer: nn.Module, name: str, **quantization: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.name = self.pattern_name = name  # the latter is what patterns of a config are matched with
-        self.base = BaseWeight(base_layer, name, **quantization)
+        super().__init__(base_layer, name, **quantization)
         self.quantization_backend = self.base.backend
-        self.in_features, self.out_features = _shape(base_layer, self.base.transposed)
-        self.adapters: dict[str, Adapter] = {}
-        self.peft_kasa_learnt, self.peft_kasa_frozen = nn.ModuleDict(), nn.ModuleDict()
-        self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._count()
@@ -83,64 +71,6 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
         for name in (*self.adapter_layer_names, *self.other_param_names):
             if adapter in (kept := getattr(self, name)):
                 del kept[adapter]
-
-    @property
-    def stored(self) -> Tensor:
-        """The parameter that holds the base weight, whatever its shape and wherever its parts are."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    def slots(self, adapter: str) -> dict[str, Tensor]:
-        """The adapter's tensors by slot name, its fingerprint of the base among them."""
-        holders = (self.peft_kasa_learnt[adapter], self.peft_kasa_frozen[adapter])
-        return {name: value for holder in holders for name, value in holder._parameters.items()}  # type: ignore[misc]
-
-    def learning(self, adapter: str) -> list[Tensor]:
-        """Those of the adapter's slots that an optimiser would step now."""
-        return [value for value in self.slots(adapter).values() if value.requires_grad]
-
-    def whole_slots(self, adapter: str) -> dict[str, Tensor]:
-        """The same, put together where processes hold them in parts: every process has to ask."""
-        return wholes(self.slots(adapter))
-
-    def value(self, adapter: str) -> LowRank:
-        """What learns, as it is now: left (m, k), core, right (k, n), differentiable (but for ZeRO-3's)."""
-        self.settle(adapter)
-        slots, config = self.whole_slots(adapter), self.adapters[adapter].config
-        if slot.through_base(slots):
-            slots = slots | {"left0": self.original().to(slots["right0"].device) @ slots["right0"].float().T}
-        return slot.value(slots, config)
-
-    def lowrank(self, *adapters: str) -> LowRank:
-        """The whole update of these adapters together, the base not included: exact, and of low rank."""
-        for name in adapters:
-            self.settle(name)
-        every = {name: self.whole_slots(name) for name in adapters}
-        with exact_products(self.base.device.type):
-            weight = self.original() if any(map(slot.through_base, every.values())) else None
-            return self.joint(every, weight).lowrank()
-
-    def joint(self, every: Mapping[str, slot.Slots], weight: Tensor | None) -> slot.Product:
-        """The whole update of adapters with these slots, which `torch.vmap` may stack.
-
-        Args:
-            every: the slots by adapter.
-            weight: the base weight (m, n) in float32, where a left factor is made of it.
-        """
-        parts = []
-        for name, slots in every.items():
-            product = self._product(name, slots)
-            if slot.through_base(slots):
-                product = product._replace(up=weight @ product.up)  # type: ignore[operator]
-            parts.append(product)
-        if (cut := slot.largest_cut(every.values())) is not None:
-            parts.append(slot.Product(-cut.up.float(), None, cut.down.float()))
-        return slot.join(parts)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's update in float32 and in the layout of the base weight: (out, in), Conv1D's (in, out)."""
-        with exact_products(self.base.device.type):
-            dense = self.lowrank(adapter).dense()
-        return dense.T if self.base.transposed else dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Always: see `peft_kasa.export_lora`, which is exact where PEFT's convert_to_lora takes a dense SVD."""
@@ -209,10 +139,6 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
             result = result + self.base.apply(sum(inward[1:], inward[0])).to(result.dtype)
         return result
 
-    def _product(self, adapter: str, slots: slot.Slots) -> slot.Product:
-        known = self.adapters[adapter]
-        return slot.update(slots, known.config, known.scale)
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves, and unlike PEFT's own does not cast: masters stay float32."""
         target = device if device is not None else self.base.device
@@ -223,11 +149,3 @@ class SpectralLinear(nn.Module, Filling, Merging, BaseTunerLayer):
     def __repr__(self) -> str:
         parts = [f"{name}: {a.config.name} r={a.rank} s={a.scale:g}" for name, a in self.adapters.items()]
         return f"{type(self).__name__}({', '.join([*parts, f'base={self.base_layer!r}'])})"
-
-
-def _shape(layer: nn.Module, transposed: bool) -> tuple[int, int]:
-    """(in, out) features."""
-    if transposed:
-        n, m = whole_shape(layer.weight)
-        return n, m
-    return layer.in_features, layer.out_features

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ..adapter.layer import Adapter, SpectralLinear, living
+from ..adapter.known import Adapter
+from ..adapter.layer import SpectralLinear, living
 from ..adapter.slots import LEARNABLE
 from ..adapter.starting import all_layers, settle
 from ..spectral import LowRank
