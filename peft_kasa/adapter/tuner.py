@@ -28,7 +28,7 @@ from .keys import FROZEN, slot_key
 from .layer import SpectralLinear
 from .mixing import by_row, repeats
 from .naming import check_name
-from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
+from .starting import all_layers, frames, layers_of, named_layers, settle, unshared, withdraw
 from .supported import unsupported
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,14 @@ class SpectralModel(Combining, BaseTuner):
     ) -> None:
         """Wraps the targets and starts the adapter, unless its values are about to come from a file.
 
-        On any error the model is left without the adapter.
+        A config that another adapter has already is copied. On any error the model is left without the adapter.
         """
         check_name(adapter_name)
         settle(model)
         config: Any = self.peft_config[adapter_name]
         from_file, config.from_file = config.from_file, False  # told once: another adapter with it starts afresh
+        config = self.peft_config[adapter_name] = unshared(config)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         values_follow = from_file or low_cpu_mem_usage or state_dict is not None
         try:
             self._stacks = stacks(model)
@@ -92,6 +94,8 @@ class SpectralModel(Combining, BaseTuner):
                 start_adapter(model, adapter_name)
         except BaseException:
             withdraw(model, adapter_name)
+            for parameter in learning:  # PEFT freezes the base
+                parameter.requires_grad_(True)
             raise
 
     def _create_and_replace(  # type: ignore[override]
