@@ -96,6 +96,14 @@ def test_transformers_own_add_and_load(member: Member, kind: str, tiny: str, tmp
     assert torch.equal(logits(again), logits(load(tiny, kind)))
 
 
+def test_transformers_adds_an_adapter_after_one_that_was_refused(tiny: str) -> None:
+    model = load(tiny)
+    with pytest.raises(ValueError, match="r has to be at most"):
+        model.add_adapter(MEMBERS[0].config(r=33), adapter_name="mine")
+    model.add_adapter(MEMBERS[0].config(), adapter_name="mine")
+    assert model.active_adapters() == ["mine"]
+
+
 @each_member
 def test_transformers_loads_what_peft_saved(member: Member, tiny: str, tmp_path: Path) -> None:
     model = get_peft_model(load(tiny), member.config())
