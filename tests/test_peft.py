@@ -235,6 +235,17 @@ def test_status_follows_what_is_switched_merged_and_deleted(member: Member, tiny
     assert status.requires_grad == {"second": True}
 
 
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+def test_a_name_that_is_no_adapters_is_not_merged(verb: str, tiny: str) -> None:
+    model = get_peft_model(load(tiny), PiSSAConfig(r=2, target_modules=["q_proj"]))
+    move(model)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"adapter_names have to be of \['default'\]. Found \['typo'\]"):
+        getattr(model, verb)(adapter_names=["default", "typo"])
+    assert not model.get_model_status().merged_adapters
+    assert torch.equal(logits(model), expected)
+
+
 @each_member
 def test_deleting_the_active_adapter_activates_one_that_is_left(member: Member, tiny: str) -> None:
     model = get_peft_model(load(tiny), PiSSAConfig(r=2, target_modules=["q_proj"]))

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..methods.method import SpectralConfig
+from ..methods.method import SpectralConfig, require
 from ..peft_type import PREFIX
 from .base.guarding import guard
 from .base.misread import warn_of_misread
@@ -185,6 +185,7 @@ class SpectralModel(Combining, BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT; warns with what rounding to the base's storage lost, if that is notable."""
+        _check_known(self, adapter_names)
         settle(self.model, adapter_names or self.active_adapters)
         if safe_merge:
             _check_finite(list(all_layers(self.model)), adapter_names)
@@ -192,6 +193,7 @@ class SpectralModel(Combining, BaseTuner):
         _report_rounding(list(all_layers(self.model)))
 
     def _unload_and_optionally_merge(self, merge: bool = True, safe_merge: bool = False, **kwargs: Any) -> Any:
+        _check_known(self, kwargs.get("adapter_names"))
         settle(self.model, (kwargs.get("adapter_names") or self.active_adapters) if merge else ())
         layers = list(all_layers(self.model))
         if merge and safe_merge:
@@ -211,6 +213,13 @@ class SpectralModel(Combining, BaseTuner):
 
     def __repr__(self) -> str:
         return f"SpectralModel({self.model!r})"
+
+
+def _check_known(tuner: SpectralModel, adapters: list[str] | None) -> None:
+    """Before the model is unloaded: PEFT passes over a name that it does not know."""
+    known = sorted(tuner.peft_config)
+    unknown = sorted(set(adapters or ()) - set(known))
+    require(not unknown, f"adapter_names have to be of {known}", unknown)
 
 
 def _check_finite(layers: list[SpectralLinear], adapters: list[str] | None) -> None:
