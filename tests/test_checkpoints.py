@@ -276,6 +276,7 @@ def test_nan_in_the_base_is_refused(member: Member, tiny: str) -> None:
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj: the base weight has 1 NaN.*Load an intact base"):
         get_peft_model(base, member.config())
     assert not any(isinstance(module, SpectralLinear) for module in base.modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_a_failing_second_adapter_leaves_the_first(tiny: str) -> None:

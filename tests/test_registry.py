@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def test_a_subclass_without_a_name_leaves_the_method_to_its_class(tmp_path: Path
     found = PeftConfig.from_pretrained(tmp_path)
     assert type(found) is SORSAConfig
     assert found.gamma == 0.5
+
+
+def test_a_subclass_that_is_read_back_with_another_scale_is_warned_of(tmp_path: Path) -> None:
+    class HalvedConfig(SORSAConfig):
+        default_scale = 0.5
+
+    class NamedConfig(HalvedConfig):
+        name = "test_named"
+
+    with pytest.warns(UserWarning, match=r"HalvedConfig: .* a SORSAConfig, whose default_scale is another.*`name`"):
+        HalvedConfig(r=2).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NamedConfig(r=2).save_pretrained(tmp_path)
+        SORSAConfig(r=2).save_pretrained(tmp_path)
 
 
 def test_a_name_of_this_package_is_refused() -> None:

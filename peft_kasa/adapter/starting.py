@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.method import require
+from ..methods.method import SpectralConfig, require
 from ..spectral.plan import Solver
 from .base.guarding import guard
 from .experts.expert import SpectralExpert
@@ -17,7 +18,7 @@ from .files.anchors import ANCHOR
 from .files.checkpoint import left_out
 from .jobs import planned, run
 from .keys import FROZEN, slot_key
-from .layer import SpectralLinear
+from .layer import SpectralLinear, living
 
 
 def all_layers(model: nn.Module) -> Iterator[SpectralLinear]:
@@ -116,13 +117,20 @@ def settle(model: nn.Module, needed: Collection[str] = ()) -> None:
                 layer.settle(adapter)
 
 
+def unshared(config: SpectralConfig) -> SpectralConfig:
+    """The config, or a copy where another adapter has it: each is told its own ranks and statistics."""
+    taken = any(known.config is config for layer in living() for known in list(layer.adapters.values()))
+    return copy.deepcopy(config) if taken else config
+
+
 def withdraw(model: nn.Module, adapter: str) -> None:
     """Takes an adapter out again, and its config with it."""
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter, None)
     if not configs:
         for module in model.modules():
-            module.__dict__.pop("peft_config", None)
+            for trace in ("peft_config", "_hf_peft_config_loaded"):  # the latter is transformers'
+                module.__dict__.pop(trace, None)
     take_out(model, adapter, list(all_layers(model)))
     if not any(all_layers(model)):
         guard(model, False)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..methods.method import SpectralConfig
+from ..methods.method import SpectralConfig, require
 from ..peft_type import PREFIX
 from .base.guarding import guard
 from .base.misread import warn_of_misread
@@ -28,7 +28,7 @@ from .keys import FROZEN, slot_key
 from .layer import SpectralLinear
 from .mixing import by_row, repeats
 from .naming import check_name
-from .starting import all_layers, frames, layers_of, named_layers, settle, withdraw
+from .starting import all_layers, frames, layers_of, named_layers, settle, unshared, withdraw
 from .supported import unsupported
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,14 @@ class SpectralModel(Combining, BaseTuner):
     ) -> None:
         """Wraps the targets and starts the adapter, unless its values are about to come from a file.
 
-        On any error the model is left without the adapter.
+        A config that another adapter has already is copied. On any error the model is left without the adapter.
         """
         check_name(adapter_name)
         settle(model)
         config: Any = self.peft_config[adapter_name]
         from_file, config.from_file = config.from_file, False  # told once: another adapter with it starts afresh
+        config = self.peft_config[adapter_name] = unshared(config)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         values_follow = from_file or low_cpu_mem_usage or state_dict is not None
         try:
             self._stacks = stacks(model)
@@ -92,6 +94,8 @@ class SpectralModel(Combining, BaseTuner):
                 start_adapter(model, adapter_name)
         except BaseException:
             withdraw(model, adapter_name)
+            for parameter in learning:  # PEFT freezes the base
+                parameter.requires_grad_(True)
             raise
 
     def _create_and_replace(  # type: ignore[override]
@@ -181,6 +185,7 @@ class SpectralModel(Combining, BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT; warns with what rounding to the base's storage lost, if that is notable."""
+        _check_known(self, adapter_names)
         settle(self.model, adapter_names or self.active_adapters)
         if safe_merge:
             _check_finite(list(all_layers(self.model)), adapter_names)
@@ -188,6 +193,7 @@ class SpectralModel(Combining, BaseTuner):
         _report_rounding(list(all_layers(self.model)))
 
     def _unload_and_optionally_merge(self, merge: bool = True, safe_merge: bool = False, **kwargs: Any) -> Any:
+        _check_known(self, kwargs.get("adapter_names"))
         settle(self.model, (kwargs.get("adapter_names") or self.active_adapters) if merge else ())
         layers = list(all_layers(self.model))
         if merge and safe_merge:
@@ -207,6 +213,13 @@ class SpectralModel(Combining, BaseTuner):
 
     def __repr__(self) -> str:
         return f"SpectralModel({self.model!r})"
+
+
+def _check_known(tuner: SpectralModel, adapters: list[str] | None) -> None:
+    """Before the model is unloaded: PEFT passes over a name that it does not know."""
+    known = sorted(tuner.peft_config)
+    unknown = sorted(set(adapters or ()) - set(known))
+    require(not unknown, f"adapter_names have to be of {known}", unknown)
 
 
 def _check_finite(layers: list[SpectralLinear], adapters: list[str] | None) -> None:

@@ -19,7 +19,7 @@ from ..files import replacing
 from ..spectral import LowRank
 from . import arguments, experts, typed
 from .registry import methods as methods
-from .registry import register
+from .registry import register, warn_of_reader
 from .site import Needs, Site, Start
 from .typed import choice as choice
 from .typed import require as require
@@ -229,6 +229,7 @@ class SpectralConfig(arguments.Checked, PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes adapter_config.json whole or not at all."""
+        warn_of_reader(self)
         with replacing(os.path.join(save_directory, "adapter_config.json")) as folder:
             super().save_pretrained(folder, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,19 @@ def register(config: type[SpectralConfig]) -> None:
             f"{known.__name__}'s: give it a name of your own, or leave it out to be read back as a {known.__name__}."
         )
     _METHODS[config.name] = config
+
+
+def warn_of_reader(config: SpectralConfig) -> None:
+    """Warns where a file is read back by a class that computes the update in another way: the name's, not its own."""
+    own, reader = type(config), _METHODS[config.name]
+    differing = [name for name in ("core", "scale", "default_scale") if getattr(own, name) != getattr(reader, name)]
+    if differing and not own.__dict__.get("name"):
+        warnings.warn(
+            f"{own.__qualname__}: adapter_config.json names the method {config.name!r}, so the adapter will be read "
+            f"back as a {reader.__name__}, whose {', '.join(differing)} is another: its outputs will differ. Give "
+            f"{own.__name__} a `name` of its own.",
+            stacklevel=2,
+        )
 
 
 def _place(config: type[SpectralConfig]) -> tuple[str, str]:

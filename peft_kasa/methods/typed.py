@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -19,6 +20,7 @@ PATTERNS = (
     "layers_pattern",
     "target_parameters",
 )
+NAMES = ("target_modules", "exclude_modules", "target_parameters")  # of which a list has no regular expressions
 
 
 @cache
@@ -40,7 +42,8 @@ def check(config_class: type, given: Mapping[str, Any], where: str = "", remedy:
         remedy: for errors, too.
 
     Raises:
-        ValueError: another type; a number that is not finite; such a repeat. It names the field.
+        ValueError: another type; a number that is not finite; no regular expression, or such a repeat. It names the
+            field.
     """
     hints, where = _hints(config_class), where or config_class.__name__
     for name, value in given.items():
@@ -52,6 +55,11 @@ def check(config_class: type, given: Mapping[str, Any], where: str = "", remedy:
             raise ValueError(
                 f"{where}: {name} has a repeat or a choice inside a repeat, which may take for ever to match. Found "
                 f"{pattern!r:.80}: name the modules, or write the expression without."
+            )
+        if (isinstance(given[name], str) or name not in NAMES) and (flaw := _flaw(pattern)):
+            raise ValueError(
+                f"{where}: {name} has to be a regular expression. Found {pattern!r:.80} ({flaw}): mend it, or name the "
+                "modules."
             )
 
 
@@ -107,6 +115,15 @@ def _patterns(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         value = given.get(name) or ()
         for pattern in (value,) if isinstance(value, str) else value:
             yield name, pattern
+
+
+def _flaw(pattern: str) -> str:
+    """Why a pattern cannot be compiled, if it cannot."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return ""
 
 
 def _repeats_repeats(pattern: str) -> bool:
