@@ -102,6 +102,7 @@ def _terms(optimizer: Optimizer) -> list[Term]:
 
 
 def regularized(layer: SpectralLinear) -> list[str]:
+    """The layer's active adapters that learn and whose regulariser is on."""
     active = (name for name in layer.active_adapters if name in layer.adapters)
     known = ((name, layer.adapters[name]) for name in active)
     return [name for name, a in known if a.config.regularizes and not a.awaiting and layer.learning(name)]
@@ -194,12 +195,12 @@ def _has_it(parameter: Tensor) -> bool:
 def _regularized_closure(closure: Callable[[], Any], terms: list[Term], optimizer: Optimizer) -> Callable[[], Any]:
     """A closure zeroes the gradients itself, so the regulariser's comes after it, at each call."""
 
-    def regularized() -> Any:
+    def with_gradient() -> Any:
         loss = closure()
         added = _add_gradient(terms, optimizer, with_value=True)
         return loss + torch.as_tensor(added).to(loss) if isinstance(loss, Tensor) else loss
 
-    return regularized
+    return with_gradient
 
 
 def _suspect(unheld: list[Term]) -> None:
