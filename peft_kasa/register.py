@@ -19,7 +19,7 @@ from .adapter.base.offload import check_not_offloaded
 from .adapter.files import source
 from .adapter.files.config_file import AdapterConfigFile
 from .adapter.keys import is_slot
-from .adapter.starting import layers_of, withdraw
+from .adapter.starting import give_up
 from .adapter.tuner import SpectralModel
 from .files import replacing
 from .methods.method import require
@@ -97,14 +97,17 @@ def _save(
 
 def _load(theirs: Any, model: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     check_not_offloaded(getattr(model, "hf_device_map", None), len(model.peft_config))
-    if adapter_name in model.peft_config:  # no config is read then, and its reader does not check the weights
-        try:
+    try:
+        if adapter_name in model.peft_config:  # no config is read then, and its reader does not check the weights
             source.check(model_id, **model._split_kwargs(kwargs)[0])
-        except ValueError:
-            if any(layer.adapters[adapter_name].awaiting for layer in layers_of(model, adapter_name)):
-                withdraw(model, adapter_name)
-            raise
-    return theirs(model, model_id, adapter_name, *args, **kwargs)
+        return theirs(model, model_id, adapter_name, *args, **kwargs)
+    except BaseException as error:
+        give_up(model, adapter_name)
+        if isinstance(error, KeyError) and str(error.args[0]).startswith("base_model."):  # of modules_to_save
+            raise ValueError(
+                f"{model_id}: the adapter's file lacks {error.args[0]}. Restore the file from its source."
+            ) from None
+        raise
 
 
 def _whole(save: Any) -> Any:

@@ -169,6 +169,8 @@ def test_bad_arguments(tiny: str, tmp_path: Path) -> None:
         export_lora(load(tiny), tmp_path)
     with pytest.raises(ValueError, match=r"rank has to be at least 1\. Found 0"):
         export_lora(model, tmp_path, rank=0)
+    with pytest.raises(ValueError, match=r"rank has to be a whole number\. Found 1\.5"):
+        export_lora(model, tmp_path, rank=1.5)  # type: ignore[arg-type]
 
 
 def test_the_adapters_own_folder_is_not_overwritten(tiny: str, tmp_path: Path) -> None:

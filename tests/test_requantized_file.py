@@ -111,3 +111,12 @@ def test_another_base_is_refused(kind: str, targets: Any, message: str, tiny: st
     model = get_peft_model(load(tiny, kind), PiSSAConfig(r=8, target_modules=targets))
     with pytest.raises(ValueError, match=message):
         load_requantized(model, saved)
+
+
+def test_a_file_that_was_cut_short_is_refused_in_words(saved: Path, tiny: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes((saved / FILE).read_bytes()[:1000])
+    model = get_peft_model(load(tiny, "nf4"), PISSA.config(r=8))
+    held = list(bits(model))
+    with pytest.raises(ValueError, match=r"requantized\.safetensors is damaged or was cut short \(1000 bytes"):
+        load_requantized(model, tmp_path)
+    assert same(bits(model), held)

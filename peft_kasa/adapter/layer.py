@@ -104,7 +104,7 @@ class SpectralLinear(Merging, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return []
-        known = self.active_adapters if asked is None else list(dict.fromkeys(asked))
+        known = dict.fromkeys(self.active_adapters if asked is None else asked)  # a name said twice acts once
         names = [name for name in known if name in self.adapters]
         for name in names:
             self.settle(name)

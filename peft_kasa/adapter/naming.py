@@ -38,7 +38,7 @@ def check_name(adapter: str) -> None:
     """
     slots = {*LEARNABLE, *(f"{slot}0" for slot in LEARNABLE), *CUT, "fixed", FINGERPRINT}
     taken = adapter in {*slots, BASE} or adapter.startswith(PREFIX) or hasattr(nn.ModuleDict(), adapter)
-    if taken or "." in adapter:
+    if taken or not adapter or "." in adapter:
         raise ValueError(
             f"An adapter's name may not be a part of its tensors' names, nor have a dot. Found {adapter!r}: call it "
             f"'{adapter.replace('.', '_')}_adapter', say."

@@ -14,6 +14,7 @@ from ..files import replacing
 from ..methods.method import require
 from .base.fingerprint import FINGERPRINT, SAME, SIDE, distance, sketch
 from .base.fourbit import FourBit
+from .files.source import check_readable
 from .layer import SpectralLinear
 from .requantize import check_base
 from .slots import Product
@@ -61,8 +62,8 @@ def load_requantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Gives a model on the first 4-bit base the bases that `save_requantized` wrote, bit for bit.
 
     Raises:
-        ValueError: the file was made on another base or in another 4-bit format, does not fit it, or has modules that
-            no adapter wraps. Nothing is changed then.
+        ValueError: the file is damaged, was made on another base or in another 4-bit format, does not fit it, or has
+            modules that no adapter wraps. Nothing is changed then.
 
     Examples:
         >>> import tempfile, torch
@@ -83,6 +84,7 @@ def load_requantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     layers = {layer.name: layer for layer in all_layers(model)}
+    check_readable(os.path.join(path, FILE))
     with safe_open(os.path.join(path, FILE), framework="pt") as file:
         found: dict[str, dict[str, Any]] = {}
         for key in file.keys():  # noqa: SIM118

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..methods.method import SpectralConfig, require
 from ..spectral.plan import Solver
 from .base.guarding import guard
+from .before import restore
 from .experts.expert import SpectralExpert
 from .experts.wrapper import tidy
 from .files.anchors import ANCHOR
@@ -124,8 +125,14 @@ def unshared(config: SpectralConfig) -> SpectralConfig:
     return copy.deepcopy(config, large) if taken else config
 
 
+def give_up(model: nn.Module, adapter: str) -> None:
+    """Withdraws an adapter that has no values yet, its file having been refused."""
+    if any(layer.adapters[adapter].awaiting for layer in layers_of(model, adapter)):
+        withdraw(model, adapter)
+
+
 def withdraw(model: nn.Module, adapter: str) -> None:
-    """Takes an adapter out again, and its config with it."""
+    """Takes an adapter out again, and its config with it; what PEFT froze or wrapped for it is as it was."""
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter, None)
     if not configs:
@@ -135,6 +142,14 @@ def withdraw(model: nn.Module, adapter: str) -> None:
     take_out(model, adapter, list(all_layers(model)))
     if not any(all_layers(model)):
         guard(model, False)
+    restore(model, adapter)
+
+
+def take_out_others(model: nn.Module, adapter: str, config: SpectralConfig) -> None:
+    """Takes an adapter out of the layers that have it from another config: it was put on the same base before."""
+    take_out(
+        model, adapter, [layer for layer in layers_of(model, adapter) if layer.adapters[adapter].config is not config]
+    )
 
 
 def take_out(model: nn.Module, adapter: str, layers: list[SpectralLinear]) -> None:

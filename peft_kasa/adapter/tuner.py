@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -12,13 +11,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..methods.method import SpectralConfig, require
+from ..methods.method import SpectralConfig
 from ..peft_type import PREFIX
 from .base.guarding import guard
 from .base.misread import warn_of_misread
 from .base.offload import check_at_hand
 from .base.sharding import bare
+from .before import note
 from .budget import adopt, start_adapter
+from .choosing import Choosing
 from .combining import Combining
 from .experts.wrapper import adapt, check_plain, stacks
 from .files import checkpoint
@@ -26,17 +27,23 @@ from .files.anchors import ANCHOR
 from .files.file_fields import check_counts
 from .keys import FROZEN, slot_key
 from .layer import SpectralLinear
+from .merging_models import MergingModels
 from .mixing import by_row, repeats
 from .naming import check_name
-from .starting import all_layers, frames, layers_of, named_layers, settle, unshared, withdraw
+from .starting import (
+    frames,
+    give_up,
+    layers_of,
+    named_layers,
+    settle,
+    take_out_others,
+    unshared,
+    withdraw,
+)
 from .supported import unsupported
 
-logger = logging.getLogger(__name__)
 
-NOTABLE_ROUNDING = 1e-2  # a merge that loses more of the update than this warns
-
-
-class SpectralModel(Combining, BaseTuner):
+class SpectralModel(Choosing, Combining, MergingModels, BaseTuner):
     """The tuner of the family: what `get_peft_model(model, KaSAConfig(...))` puts between PeftModel and the model.
 
     Adapters of different methods may live on one base, and several may be active at once.
@@ -72,7 +79,7 @@ class SpectralModel(Combining, BaseTuner):
         config: Any = self.peft_config[adapter_name]
         from_file, config.from_file = config.from_file, False  # told once: another adapter with it starts afresh
         config = self.peft_config[adapter_name] = unshared(config)
-        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        note(model, adapter_name)
         values_follow = from_file or low_cpu_mem_usage or state_dict is not None
         try:
             self._stacks = stacks(model)
@@ -83,6 +90,7 @@ class SpectralModel(Combining, BaseTuner):
                 if config.target_parameters:  # PEFT looks for what patterns match among modules alone
                     warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            take_out_others(model, adapter_name, config)
             guard(model)
             layers = list(layers_of(model, adapter_name))
             warn_of_misread({layer.name: layer.base for layer in layers})
@@ -94,8 +102,6 @@ class SpectralModel(Combining, BaseTuner):
                 start_adapter(model, adapter_name)
         except BaseException:
             withdraw(model, adapter_name)
-            for parameter in learning:  # PEFT freezes the base
-                parameter.requires_grad_(True)
             raise
 
     def _create_and_replace(  # type: ignore[override]
@@ -175,72 +181,15 @@ class SpectralModel(Combining, BaseTuner):
             if not config.keeps_frames and not any(layer.base.absent for layer in layers.values()):
                 mapped |= frames(layers, adapter_name, mapped)
         except ValueError:
-            if any(layer.adapters[adapter_name].awaiting for layer in layers.values()):
-                withdraw(model, adapter_name)
+            give_up(model, adapter_name)
             raise
         for layer in layers.values():
             known = layer.adapters[adapter_name]
             known.awaiting, known.start_checksums = layer.on_meta(adapter_name), ""  # checked at first use then
         return mapped
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; warns with what rounding to the base's storage lost, if that is notable."""
-        _check_known(self, adapter_names)
-        settle(self.model, adapter_names or self.active_adapters)
-        if safe_merge:
-            _check_finite(list(all_layers(self.model)), adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        _report_rounding(list(all_layers(self.model)))
-
-    def _unload_and_optionally_merge(self, merge: bool = True, safe_merge: bool = False, **kwargs: Any) -> Any:
-        _check_known(self, kwargs.get("adapter_names"))
-        settle(self.model, (kwargs.get("adapter_names") or self.active_adapters) if merge else ())
-        layers = list(all_layers(self.model))
-        if merge and safe_merge:
-            _check_finite(layers, kwargs.get("adapter_names"))
-        if not merge:
-            for layer in layers:
-                layer.unmerge()
-                layer.base.undo()
-        guard(self.model, False)
-        model = super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs)
-        if merge:
-            _report_rounding(layers)
-        return model
-
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **given: Any) -> Any:
         return nullcontext() if adapter_names is None else by_row(self, adapter_names, repeats(given))
 
     def __repr__(self) -> str:
         return f"SpectralModel({self.model!r})"
-
-
-def _check_known(tuner: SpectralModel, adapters: list[str] | None) -> None:
-    """Before the model is unloaded: PEFT passes over a name that it does not know."""
-    known = sorted(tuner.peft_config)
-    unknown = sorted(set(adapters or ()) - set(known))
-    require(not unknown, f"adapter_names have to be of {known}", unknown)
-
-
-def _check_finite(layers: list[SpectralLinear], adapters: list[str] | None) -> None:
-    """Before anything is merged, so that nothing is merged by half."""
-    for layer in layers:
-        for adapter in (name for name in adapters or layer.active_adapters if name in layer.adapters):
-            for slot, value in layer.slots(adapter).items():
-                if not value.isfinite().all():
-                    raise ValueError(f"{layer.name}: {slot} of adapter {adapter!r} has NaN or infinite entries.")
-
-
-def _report_rounding(layers: list[SpectralLinear]) -> None:
-    layers = [layer for layer in layers if layer.merged]
-    worst = max(layers, key=lambda layer: layer.merge_rounding, default=None)
-    if worst is None or not worst.merge_rounding:
-        return
-    text = (
-        f"Merged into {len(layers)} modules. Rounding to the base's storage lost up to {worst.merge_rounding:.1%} of "
-        f"the update ({worst.name})."
-    )
-    if worst.merge_rounding > NOTABLE_ROUNDING:
-        warnings.warn(text + " Keep the adapter, or export_lora it, where that matters.", stacklevel=3)
-    else:
-        logger.info(text)

@@ -18,6 +18,7 @@ from ..peft_type import NAME
 from .adapter_file import ROOT, AdapterFile, read_files
 from .adapters import AdapterReport, ModuleUpdate
 from .base_layers import weight_of
+from .experts import expert_of
 from .family_file import FamilyFile
 from .lora_file import LoraFile
 from .naming import Place, places
@@ -116,6 +117,8 @@ def _layer(base: nn.Module | None, name: str) -> SpectralLinear | None:
     """A fresh layer around the base's module, which stays as it is."""
     if base is None:
         return None
+    if (expert := expert_of(inner(base), name)) is not None:
+        return expert
     found = None
     with suppress(AttributeError):
         found = inner(base).get_submodule(name)

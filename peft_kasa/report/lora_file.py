@@ -28,6 +28,9 @@ class LoraFile(AdapterFile):
         start, rule = self.fields.get("init_lora_weights", True), "init_lora_weights has to be one that leaves the base"
         remedy = f"{rule} as it is ({', '.join(map(str, UNTOUCHED))}): B A is no update of it otherwise"
         require(start in UNTOUCHED, f"{self.path}: {remedy}", start)
+        stacks = self.fields.get("target_parameters")
+        rule = f"{self.path} has to be a plain LoRA of linear layers: target_parameters has to be None"
+        require(not stacks, rule, stacks)
         other = [key for key in self.tensors if "lora_" in key and not key.endswith(("lora_A.weight", "lora_B.weight"))]
         require(
             not other, f"{self.path} has to be a plain LoRA of linear layers, of lora_A and lora_B alone", other[:1]

@@ -80,6 +80,7 @@ def to_lora(
     """
     layers = adapted(model, adapter)
     config = _config(model, adapter)
+    require(rank is None or type(rank) is int, "rank has to be a whole number", rank)
     require(rank is None or rank >= 1, "rank has to be at least 1", rank)
     extra = _beyond_slots(model, adapter, config, uniform)
     values = {name: layer.lowrank(adapter) for name, layer in layers.items()}

@@ -18,7 +18,6 @@ from ..adapter.layer import SpectralLinear
 from ..adapter.starting import named_layers, withdraw
 from ..methods import EVAConfig, PiSSAConfig, SpectralConfig
 from ..methods.method import require
-from .before import Before
 from .lora_kinds import CARRIED, check, displaces, recomputable
 from .lora_tensors import Pair
 
@@ -66,13 +65,11 @@ def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter
             "cannot be computed again. Give initial=, the adapter as it was saved before training; or save it in PEFT "
             "with path_initial_model_for_weight_conversion=."
         )
-    before = Before(model)
     try:
         wrapped = get_peft_model(model, _ours(config, start), adapter_name=adapter)  # type: ignore[arg-type]
         _fill(wrapped, adapter, config, state, known, start)
     except BaseException:
         withdraw(model, adapter)
-        before.restore()
         raise
     return wrapped
 

@@ -25,18 +25,14 @@ def check(source: str | os.PathLike[str], subfolder: str | None = None, **option
     folder = os.path.join(source, subfolder or "")
     here = {name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if _holds(folder, name)}
     if not here:
-        return _check_readable(_fetched(os.fspath(source), {"subfolder": subfolder, **options}))
+        return check_readable(_fetched(os.fspath(source), {"subfolder": subfolder, **options}))
     if SAFETENSORS_WEIGHTS_NAME not in here:
         _refuse(folder, WEIGHTS_NAME in here)
-    _check_readable(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    check_readable(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
 
 
-def _holds(folder: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(folder, name))
-
-
-def _check_readable(path: str) -> None:
-    """The header has to fit the file's size."""
+def check_readable(path: str) -> None:
+    """Raises ValueError where a safetensors file is no whole one: its header has to fit its size."""
     try:
         with safe_open(path, framework="pt"):
             return
@@ -45,6 +41,10 @@ def _check_readable(path: str) -> None:
             f"{path} is damaged or was cut short ({os.path.getsize(path)} bytes: {error}). Copy it again from its "
             "source, or use another checkpoint."
         ) from error
+
+
+def _holds(folder: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))
 
 
 def _fetched(repo: str, options: dict[str, Any]) -> str:
