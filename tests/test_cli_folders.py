@@ -58,6 +58,24 @@ def held(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("name", ["out [x]y", "out [", "out :x:"])
+def test_a_name_is_shown_as_it_is(
+    work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.chdir(work)
+    folder = str(tmp_path / name)
+    assert call(capfd, "export", "kasa", folder).out.startswith(f"{folder}: ")
+    assert (tmp_path / name / "adapter_config.json").is_file()
+
+
+def test_a_name_that_seems_to_close_a_style(
+    work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(work)
+    folder = str(tmp_path / "runs [" / "x]")
+    assert f"added to {folder}" in call(capfd, "decompose", "base", "--method", "kasa", "--cache", folder).out
+
+
 @pytest.mark.parametrize(("line", "told"), REFUSED)
 def test_nothing_is_lost(
     work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, told: str
