@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..adapter.starting import adapter_names, layers_of, start_layers
 from ..methods.method import SpectralConfig
 from ..methods.site import Needs
 from ..spectral import triangle
-from .batches import Batch, batches
+from .batches import Batch, Reread, batches
 from .passes import Pass, compatible
 from .targets import inner, targets
 
@@ -92,7 +91,7 @@ def calibrate(
         raise ValueError(f"`samples` and `memory` have to be at least 1. Found {samples} and {memory}.")
     config, layers = _subject(model, adapter)
     if hasattr(data, "__next__"):  # it can be read once only
-        data = list(islice(data, samples))
+        data = Reread(data)
 
     def stream() -> Iterator[Batch]:
         return batches(data, tokenizer, batch_size, max_length, config.needs == "gradients")
