@@ -294,6 +294,23 @@ def test_two_optimisers_in_turn_are_no_cause_for_a_warning(member: Member, tiny:
 
 
 @pytest.mark.usefixtures("_forgotten")
+def test_an_optimiser_for_each_parameter_is_no_cause_for_a_warning(tiny: str) -> None:
+    """As GaLore's layerwise way has it: each steps in the backward pass, the last layer's first."""
+    model = model_of("sorsa", tiny)
+    for parameter in learning(model):
+        own = torch.optim.SGD([parameter], lr=1e-3)
+        parameter.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
+    before = penalty(model).item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(2):
+            ids = tokens(seed=seed)
+            (model.train()(input_ids=ids, labels=ids).loss * 0).backward()
+            model.zero_grad()
+    assert penalty(model).item() < before
+
+
+@pytest.mark.usefixtures("_forgotten")
 @each_regularized
 def test_the_trainer_warns_and_logs(member: Member, tiny: str, tmp_path: Any) -> None:
     model = get_peft_model(load(tiny), member.config(**STRONG[member.name]))

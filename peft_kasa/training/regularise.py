@@ -29,7 +29,8 @@ from .held import Held, stepped_by_zero
 Term = tuple[SpectralLinear, str]  # a layer and one of its adapters
 
 _claimed: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # layers that some optimiser has regularised
-_suspected: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # trained, and in no optimiser that has stepped yet
+# By optimiser that has stepped: layers that were trained then, and in no optimiser that had stepped
+_suspected: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[SpectralLinear]] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()
 
 
@@ -96,7 +97,7 @@ def _terms(optimizer: Optimizer) -> list[Term]:
         elif layer.adapters[name].trained and not any(map(stepped_by_zero, layer.learning(name))):
             unheld.append((layer, name))
     _claimed.update(layer for layer, _ in terms)
-    _suspect(unheld)
+    _suspect(unheld, optimizer)
     return sorted(terms, key=lambda term: (term[0].name, term[1]))
 
 
@@ -215,10 +216,13 @@ def _regularized_closure(closure: Callable[[], Any], terms: list[Term], optimize
     return regularized
 
 
-def _suspect(unheld: list[Term]) -> None:
-    """Warns at the second step by optimisers none of which holds layers that are being trained; once for each layer."""
-    certain = [term for term in unheld if term[0] in _suspected and term[0] not in _claimed | _warned]
-    _suspected.update(layer for layer, _ in unheld)
+def _suspect(unheld: list[Term], optimizer: Optimizer) -> None:
+    """Warns at the second step of an optimiser where none so far has held layers that are being trained; once for each
+    layer. One that is a parameter's own may step, in a backward pass, before those of other layers have at all.
+    """
+    before = _suspected.setdefault(optimizer, weakref.WeakSet())
+    certain = [term for term in unheld if term[0] in before and term[0] not in _claimed | _warned]
+    before.update(layer for layer, _ in unheld)
     if certain:
         warn_unheld(certain)
         _warned.update(layer for layer, _ in certain)
