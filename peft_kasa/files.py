@@ -1,4 +1,4 @@
-"""Writing a file, or a folder, whole or not at all."""
+"""Writing a file, or a folder, whole or not at all, and whether one can be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -25,6 +26,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
             _replace_folder(made, path, os.path.join(fresh, ".replaced"))
         else:
             os.replace(made, path)
+
+
+def check_writable(path: str, inside: bool = False) -> None:
+    """Makes sure, before any work, that something can be written beside a file or folder.
+
+    Args:
+        path: of it.
+        inside: whether it is a folder, there or not yet, that is written into.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    place = Path(os.path.realpath(path))
+    nearest = next(folder for folder in (*([place] if inside else []), *place.parents) if folder.exists())
+    try:
+        with temporary_folder(str(nearest), ".peft-kasa."):
+            return
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {nearest}: {error.strerror}. Name a place that can be.") from error
 
 
 @contextmanager

@@ -29,8 +29,8 @@ class Output:
 
     def __init__(self, stream: TextIO, as_json: bool) -> None:
         self.stream, self.as_json = stream, as_json
-        self._shown = Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
-        self._aside = Console(file=sys.stderr, highlight=False)
+        self._shown = Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, emoji=False)
+        self._aside = Console(file=sys.stderr, highlight=False, emoji=False)
 
     def result(self, data: Any, *shown: Table | str) -> None:
         """The result: `data` as JSON, or what is shown of it."""
@@ -38,7 +38,8 @@ class Output:
             self.stream.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
         else:
             for part in shown:
-                self._shown.print(part, soft_wrap=isinstance(part, str))
+                plain = isinstance(part, str)  # a path in it may have brackets
+                self._shown.print(part, soft_wrap=plain, markup=not plain)
         self.stream.flush()
 
     def line(self, what: str) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from bases import load, logits, move
+from bases import load, logits, move, tokens
 from calibrating import ALL, LAYER, LENGTHS, ROWS, close, equal, hooks, seen_by
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_kasa import CorDAConfig, EVAConfig, LoRAOneConfig, LoRASBConfig, PiSSAConfig, calibrate
 from peft_kasa.adapter.base.base_weight import BaseWeight
@@ -266,3 +267,20 @@ def test_an_input_that_is_written_to_later_is_noticed() -> None:
 
     with pytest.raises(ValueError, match="b: its input is written to after it is used"):
         calibrate(Residual(), [{"input": torch.randn(1, 3, 4)}], LoRAOneConfig(r=2, target_modules=["a", "b"]))
+
+
+def test_a_decoder_reads_what_its_labels_say() -> None:
+    """As in training: the batches of a collator for sequences to sequences have no other input for it."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    labels = tokens(2, 6, seed=1)
+    batch = {"input_ids": tokens(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    found = calibrate(model, [batch | {"labels": labels}], CorDAConfig(target_modules=["q"]))
+    given = batch | {"decoder_input_ids": model._shift_right(labels)}
+    expected = calibrate(model, [given], CorDAConfig(target_modules=["q"]))
+    assert len(found.names) == 3
+    for name in found.names:
+        assert torch.equal(found.evidence(name).matrix(), expected.evidence(name).matrix())
+    labels[0, -1] = -100
+    with pytest.raises(ValueError, match="need a batch without padding"):
+        calibrate(model, [batch | {"labels": labels}], CorDAConfig(target_modules=["q"]))

@@ -89,6 +89,12 @@ def test_datasets_and_loaders_are_read(tiny: str) -> None:
         ([{"sentence": "x"}], "rename its columns"),
         (["x"], "need a `tokenizer`"),
         ([{"input_ids": [1, 2], "labels": [1]}], "equally long"),
+        ([{"input_ids": [[1, 2], [3, 4]]}], r"one sequence. Found \[\[1, 2\], \[3, 4\]\]: give each sequence as a row"),
+        ([{"input_ids": [[1, 2, 3], [4, 5]]}], "`input_ids` has to be the whole numbers of one sequence"),
+        ([{"input_ids": None}], "`input_ids` has to be the whole numbers of one sequence. Found None"),
+        ([{"input_ids": [1.0, 2.0]}], "`input_ids` has to be the whole numbers of one sequence"),
+        ([{"input_ids": torch.ones(2, 3)}, {}], "a row a sequence"),
+        ([{"text": None}], "Found NoneType: leave such rows out"),
         ([{"input_ids": torch.ones(2, 3), "text": ["a", "b"]}], "dictionary of tensors"),
         ([{"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 1, 3, 3)}], r"of shape \(batch, tokens\)"),
     ],
@@ -96,6 +102,31 @@ def test_datasets_and_loaders_are_read(tiny: str) -> None:
 def test_data_of_another_form_is_refused(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(batches(data))
+
+
+def test_a_column_that_only_other_rows_have_may_be_none() -> None:
+    """As `datasets` fills such columns."""
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3, 4], "labels": None}]
+    assert of(rows, batch_size=2)[0]["labels"] == [[-100, 2], [3, 4]]
+
+
+def test_a_generator_is_read_as_a_list_is(tiny: str) -> None:
+    """Rows that are left out do not count, and no more is read than is needed."""
+    read = []
+
+    def stream() -> Any:
+        for place in range(100):
+            read.append(place)
+            yield {"input_ids": [1, 2, place % 60] if place % 2 else [1]}  # nothing to learn in every other
+
+    model = load(tiny)
+    found = calibrate(model, stream(), LoRASBConfig(**ALL), samples=4)
+    assert found.seen == 4
+    assert equal(found, calibrate(model, list(stream()), LoRASBConfig(**ALL), samples=4))
+    read.clear()
+    adapted = get_peft_model(load(tiny), LoRASBConfig(**ALL))
+    assert calibrate(adapted, stream(), samples=4, memory=1).seen == 4  # many passes
+    assert read == list(range(8))
 
 
 def test_messages_need_a_template() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
@@ -271,6 +272,39 @@ def test_a_file_of_more_modules_is_not_gone_on_with_for_fewer(tmp_path: Path) ->
     with pytest.raises(ValueError, match="going on would lose them"):
         calibrate(stack(), data, CorDAConfig(target_modules=["0"]), path=path, samples=8)
     assert set(Statistics.load(path).names) == {"0", "2"}
+
+
+@pytest.mark.parametrize("change", ["data", "base", "modules"])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_file_that_was_written_anew_is_not_read_for_the_old_one(change: str, pickled: bool, tmp_path: Path) -> None:
+    path, data = tmp_path / "s", [{"input": torch.randn(1, 8, 24)} for _ in range(4)]
+    config, model = CorDAConfig(r=2, target_modules=["0", "2"]), stack()
+    calibrate(model, data, config, path=path)
+    if pickled:
+        config = pickle.loads(pickle.dumps(config))
+    path.unlink()
+    if change == "base":
+        torch.nn.init.normal_(model[0].weight)
+    more = {"target_modules": ["4", "0", "2"] if change == "modules" else ["0", "2"]}
+    calibrate(model, data[1:] if change == "data" else data, CorDAConfig(r=2, **more), path=path)
+    with pytest.raises(ValueError, match=r"s has been written anew since these statistics were opened"):
+        get_peft_model(stack(), config)
+    config.statistics = str(path)
+    if change != "base":
+        get_peft_model(stack(), config)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("there", "has to be of a file. Found .*there, a folder"), ("file/s", "cannot be written")]
+)
+def test_a_path_that_cannot_be_written_is_known_before_any_work(place: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    model = stack()
+    model.register_forward_pre_hook(forbidden)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, [{"input": torch.randn(1, 8, 24)}], CorDAConfig(target_modules=["0"]), path=tmp_path / place)
+    assert sorted(os.listdir(tmp_path)) == ["file", "there"]
 
 
 def test_statistics_are_unpickled_without_their_file(tmp_path: Path) -> None:

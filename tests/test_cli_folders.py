@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from command_line import call, make
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from peft_kasa.cli.folders import check_training, whole_folder
+from peft_kasa.cli.sft_parts import rows
 from peft_kasa.files import replacing
 
 SFT = "sft --model_name_or_path base --dataset_name train.jsonl --use_cpu --output_dir"
@@ -56,6 +58,34 @@ def work(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["out [x]y", "out [", "out :x:"])
+def test_a_name_is_shown_as_it_is(
+    work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.chdir(work)
+    folder = str(tmp_path / name)
+    assert call(capfd, "export", "kasa", folder).out.startswith(f"{folder}: ")
+    assert (tmp_path / name / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["runs [1] é", "[a]*?"])
+def test_data_may_lie_where_a_pattern_seems_to_be(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "rows [x].jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path / name)
+    for file in ("rows [x].jsonl", str(tmp_path / name / "rows [x].jsonl")):
+        train, _ = rows(ScriptArguments(dataset_name=file), DatasetMixtureConfig(), False)
+        assert train["text"][:] == ["a"]
+
+
+def test_a_name_that_seems_to_close_a_style(
+    work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(work)
+    folder = str(tmp_path / "runs [" / "x]")
+    assert f"added to {folder}" in call(capfd, "decompose", "base", "--method", "kasa", "--cache", folder).out
 
 
 @pytest.mark.parametrize(("line", "told"), REFUSED)

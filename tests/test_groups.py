@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bases import learning, load, logits, move
@@ -72,6 +73,13 @@ def test_all_adapters_that_learn_and_no_other(tiny: str) -> None:
     both = parameter_groups(model, 1e-4)
     assert [len(group["params"]) for group in one] == [2, 2, 2]  # two modules
     assert [len(group["params"]) for group in both] == [4, 2, 4]
+
+
+def test_a_rate_may_be_numpys() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), KaSAConfig(r=2, target_modules=["0"]))
+    groups = parameter_groups(model, np.float32(0.5), core_lr=np.float64(0.25))  # type: ignore[arg-type]
+    assert [group["lr"] for group in groups] == [0.5, 0.25, 0.5]
+    assert {type(group["lr"]) for group in groups} == {float}
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,39 @@ def test_every_step_gets_it_again(member: Member, clear: bool, tiny: str) -> Non
         optimizer.zero_grad(set_to_none=clear)
 
 
+class ByName(torch.optim.SGD):
+    """An optimiser that takes its closure by name alone."""
+
+    def step(self, *, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Noting(torch.optim.SGD):
+    """An optimiser whose step takes more than a closure."""
+
+    def step(self, closure: Any = None, note: str = "") -> Any:
+        assert note == "kept"
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "named"),
+    [(torch.optim.SGD, (), False), (ByName, (), True), (Noting, ("kept",), False)],
+    ids=["by place", "by name alone", "and more"],
+)
+@pytest.mark.parametrize("told", [torch.Tensor.detach, torch.Tensor.item])
+def test_a_closure_is_handed_on_as_it_was_given_and_tells_the_sum(
+    kind: type[torch.optim.SGD], given: tuple[Any, ...], named: bool, told: Any, tiny: str
+) -> None:
+    model = model_of("sorsa", tiny)
+    optimizer, value = kind(learning(model), lr=1e-3), penalty(model).item()
+    loss = torch.tensor(2.0)
+    found = optimizer.step(closure=lambda: told(loss)) if named else optimizer.step(lambda: told(loss), *given)
+    assert isinstance(found, type(told(loss)))
+    assert float(found) == pytest.approx(2 + value, rel=1e-6)
+    assert value > 0.01
+
+
 @each_regularized
 def test_lbfgs_minimises_the_loss_and_the_penalty(member: Member, tiny: str) -> None:
     model = model_of(member.name, tiny)
@@ -258,6 +291,23 @@ def test_two_optimisers_in_turn_are_no_cause_for_a_warning(member: Member, tiny:
         other.step()
         steps(model, 1)
         other.step()
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_an_optimiser_for_each_parameter_is_no_cause_for_a_warning(tiny: str) -> None:
+    """As GaLore's layerwise way has it: each steps in the backward pass, the last layer's first."""
+    model = model_of("sorsa", tiny)
+    for parameter in learning(model):
+        own = torch.optim.SGD([parameter], lr=1e-3)
+        parameter.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
+    before = penalty(model).item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(2):
+            ids = tokens(seed=seed)
+            (model.train()(input_ids=ids, labels=ids).loss * 0).backward()
+            model.zero_grad()
+    assert penalty(model).item() < before
 
 
 @pytest.mark.usefixtures("_forgotten")

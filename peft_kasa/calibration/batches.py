@@ -57,6 +57,19 @@ def batches(
         yield _padded(chunk, pad)
 
 
+class Reread:
+    """What an iterator gives, as often as is wanted: read as far as is asked for, and kept."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items, self._kept = items, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._kept
+        for item in self._items:
+            self._kept.append(item)
+            yield item
+
+
 def _peeked(data: Any) -> tuple[Iterator[Any], Any]:
     """All items, and the first of them."""
     if isinstance(data, str | bytes | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
@@ -91,7 +104,7 @@ def _checked(batch: Any) -> Batch:
         found = {key: type(value).__name__ for key, value in batch.items()} if isinstance(batch, Mapping) else batch
         raise ValueError(f"A batch has to be a dictionary of tensors. Found {found!r}: use a collator that makes them.")
     sizes = {key: tuple(value.shape) for key, value in batch.items()}
-    if any(not size or size[0] != next(iter(sizes.values()))[0] for size in sizes.values()):
+    if not sizes or any(not size or size[0] != next(iter(sizes.values()))[0] for size in sizes.values()):
         raise ValueError(f"A batch's tensors have to have a row a sequence. Found {sizes}.")
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim != 2:
@@ -126,7 +139,9 @@ def _row(item: Any, tokenizer: Any, max_length: int) -> Row:
 def _given(item: Mapping[str, Any]) -> Row:
     """A row that is tokens already; columns that are nothing to a model are left out."""
     names = {*PAD, "input_ids", "completion_mask", "assistant_masks"} & item.keys()
-    row: Row = {name: torch.as_tensor(item[name]).reshape(-1).tolist() for name in sorted(names)}
+    row: Row = {
+        name: _flat(name, item[name]) for name in sorted(names) if name == "input_ids" or item[name] is not None
+    }
     counted = [row.pop(name) for name in ("completion_mask", "assistant_masks") if name in row]
     if counted and "labels" not in row:
         bits = zip(*counted, strict=True)
@@ -134,6 +149,24 @@ def _given(item: Mapping[str, Any]) -> Row:
     if len({len(value) for value in row.values()}) > 1:
         raise ValueError(f"A row's columns have to be equally long. Found { ({k: len(v) for k, v in row.items()}) }.")
     return row
+
+
+def _flat(name: str, column: Any) -> list[int]:
+    """The numbers of one sequence, which may stand in a list of their own, as tokenizers make them."""
+    try:
+        found = torch.as_tensor(column)
+    except (TypeError, ValueError, RuntimeError):  # lists of several lengths, None, texts
+        found = None
+    if found is None or (found.is_floating_point() and found.numel()) or found.numel() > max(found.shape, default=1):
+        raise ValueError(
+            f"A row's `{name}` has to be the whole numbers of one sequence. Found {_shown(column)}: give each sequence "
+            "as a row, or batches as tensors."
+        )
+    return found.reshape(-1).tolist()
+
+
+def _shown(value: Any) -> str:
+    return text if len(text := repr(value)) <= 80 else f"{text[:80]}..."
 
 
 def _prompted(prompt: Any, completion: Any, tokenizer: Any) -> Row:
@@ -147,6 +180,7 @@ def _prompted(prompt: Any, completion: Any, tokenizer: Any) -> Row:
 
 
 def _tokenized(text: str, tokenizer: Any) -> Row:
+    _check_text(text)
     return {"input_ids": list(_needed(tokenizer)(text)["input_ids"])}
 
 
@@ -165,8 +199,14 @@ def _needed(tokenizer: Any) -> Any:
     return getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
 
 
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"A row's text has to be a string. Found {type(text).__name__}: leave such rows out.")
+
+
 def _ended(text: str, tokenizer: Any) -> str:
     """With the end of text that TRL puts there."""
+    _check_text(text)
     end = getattr(_needed(tokenizer), "eos_token", None) or ""
     return text if text.endswith(end) else text + end
 

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from ..adapter.files.statistics import Statistics
 from ..adapter.files.statistics_file import About, Where
 from ..adapter.layer import SpectralLinear
 from ..adapter.starting import adapter_names, layers_of, start_layers
+from ..files import check_writable
 from ..methods.method import SpectralConfig
 from ..methods.site import Needs
 from ..spectral import triangle
-from .batches import Batch, batches
+from .batches import Batch, Reread, batches
 from .passes import Pass, compatible
 from .targets import inner, targets
 
@@ -92,7 +92,7 @@ def calibrate(
         raise ValueError(f"`samples` and `memory` have to be at least 1. Found {samples} and {memory}.")
     config, layers = _subject(model, adapter)
     if hasattr(data, "__next__"):  # it can be read once only
-        data = list(islice(data, samples))
+        data = Reread(data)
 
     def stream() -> Iterator[Batch]:
         return batches(data, tokenizer, batch_size, max_length, config.needs == "gradients")
@@ -100,7 +100,7 @@ def calibrate(
     title = f"{config.name}: {config.needs}"
     task = Pass(inner(model), stream, config.needs, samples, labels_only, device, progress, title)
     modules = {layer.name: layer.base_layer for layer in layers} or targets(model, config)
-    path = "" if path is None else os.fspath(path)
+    path = "" if path is None else os.fsdecode(path)
     bounded = memory is not None or config.needs == "gradients"
     streamed = bounded and (path or layers) and config.rank_budget is None
     if config.needs == "gradients" and not streamed:
@@ -131,7 +131,11 @@ class _Work:
 
     def __init__(self, task: Pass, modules: Mapping[str, nn.Module], sketches: Mapping[str, Tensor], path: str) -> None:
         self.task, self.modules, self.sketches, self.path = task, modules, sketches, path
+        if os.path.isdir(path):
+            raise ValueError(f"`path` has to be of a file. Found {path}, a folder: name a file in it.")
         self.whole = self._reopened(path, list(modules))
+        if path and not (self.whole and self.whole.about.complete):  # a complete one may be read alone
+            check_writable(path)
 
     def __call__(self, names: list[str], path: str) -> Statistics:
         """The statistics of these modules, kept in a file of this path if that is not empty."""

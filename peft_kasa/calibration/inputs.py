@@ -44,12 +44,14 @@ class Inputs:
         self.dirty = False  # a batch has come in by half
         self._mask: Tensor | None = None
         self._rows = 0
+        self._has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
     @torch.no_grad()
     def take(self, batch: Batch) -> None:
         """Takes in a batch."""
         self._mask, self._rows = self._counted(batch), len(next(iter(batch.values())))
-        given = {key: value for key, value in batch.items() if key != "labels" or not accepts(self.model, "input_ids")}
+        spare = {"labels"} if accepts(self.model, "input_ids") and not self._has_decoder else set()  # only for a loss
+        given = {key: value for key, value in batch.items() if key not in spare}
         self.model(**given, **sparing(self.model, self.modules))
         self.dirty = False
 
@@ -76,9 +78,12 @@ class Inputs:
                 raise ValueError("labels_only needs `labels` in the data. Found none: give prompts and completions.")
             learnt = batch["labels"] != IGNORED
             mask = learnt if mask is None else mask & learnt
-        if mask is None or mask.all():
+        padded = mask is not None and not mask.all()
+        if self._has_decoder and "decoder_input_ids" not in batch and "labels" in batch:
+            padded |= bool((batch["labels"] == IGNORED).any())  # what the decoder reads is made of them
+        if not padded:
             return None
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if self._has_decoder:
             raise ValueError("An encoder and a decoder need a batch without padding. Found some: take batch_size=1.")
         return mask
 

@@ -14,10 +14,10 @@ from peft import get_peft_model
 from peft_kasa_cli.output import Output
 
 from ..adapter.starting import layers_of
+from ..files import check_writable
 from ..methods.method import SpectralConfig
 from ..spectral.cache import Cache, entries, failures, located
 from .configs import build_config
-from .folders import check_writable
 from .models import load_model
 
 VARIABLE = "PEFT_KASA_CACHE"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import replacing, temporary_folder
+from ..files import check_writable, replacing
 
 
 def check_free(out: str, overwrite: bool, *sources: str | None) -> None:
@@ -62,25 +62,6 @@ def holds_model(path: Path) -> bool:
     """Whether `save_pretrained` of an adapter or of a model has written into a folder."""
     model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     return model or (path / "adapter_config.json").is_file()
-
-
-def check_writable(path: str, inside: bool = False) -> None:
-    """Makes sure, before any work, that something can be written beside a file or folder.
-
-    Args:
-        path: of it.
-        inside: whether it is a folder, there or not yet, that is written into.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    place = Path(os.path.realpath(path))
-    nearest = next(folder for folder in (*([place] if inside else []), *place.parents) if folder.exists())
-    try:
-        with temporary_folder(str(nearest), ".peft-kasa."):
-            return
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {nearest}: {error.strerror}. Name a place that can be.") from error
 
 
 @contextmanager

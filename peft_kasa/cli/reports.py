@@ -8,8 +8,8 @@ from typing import Any
 
 from peft_kasa_cli.output import Output
 
+from ..files import check_writable
 from ..report.report import Report, drawing
-from .folders import check_writable
 
 DRAWN_BY = {"html": "page", "png": "picture"}
 

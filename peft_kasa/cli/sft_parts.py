@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def _named(script: ScriptArguments) -> Any:
     if path.suffix in FILES:
         if not path.is_file():
             raise ValueError(f"{name}: there is no such file. Give a file, a folder or a Hub id as --dataset_name.")
-        files = {script.dataset_train_split: str(path)}
+        files = {script.dataset_train_split: escape(str(path.absolute()))}  # `datasets` takes brackets for a pattern
         return load_dataset(FILES[path.suffix], data_files=files, streaming=script.dataset_streaming)
     return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
 

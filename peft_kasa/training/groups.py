@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -63,7 +64,9 @@ def parameter_groups(
     for name, parameters in _by_group(model).items():
         own = rates[f"{name.partition(',')[0]}_lr"]
         decay = 0.0 if name == UNDECAYED else weight_decay
-        groups.append({"name": name, "params": parameters, "lr": lr if own is None else own, "weight_decay": decay})
+        groups.append(
+            {"name": name, "params": parameters, "lr": float(lr if own is None else own), "weight_decay": decay}
+        )
     return groups
 
 
@@ -85,7 +88,7 @@ def _check(model: nn.Module, rates: dict[str, float | None], weight_decay: float
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _by_group(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -29,7 +29,8 @@ from .held import Held, stepped_by_zero
 Term = tuple[SpectralLinear, str]  # a layer and one of its adapters
 
 _claimed: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # layers that some optimiser has regularised
-_suspected: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()  # trained, and in no optimiser that has stepped yet
+# By optimiser that has stepped: layers that were trained then, and in no optimiser that had stepped
+_suspected: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[SpectralLinear]] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[SpectralLinear] = weakref.WeakSet()
 
 
@@ -75,13 +76,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     terms = _terms(optimizer)
     if not terms:
         return None
-    closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-    if closure is None:
-        _add_gradient(terms, optimizer)
-        return None
-    return (args[0], _regularized_closure(closure, terms, optimizer)), {
-        k: v for k, v in kwargs.items() if k != "closure"
-    }
+    if closure := kwargs.get("closure"):  # where it was, as a step may take it by name alone
+        return args, kwargs | {"closure": _regularized_closure(closure, terms, optimizer)}
+    if len(args) > 1 and args[1] is not None:
+        return (args[0], _regularized_closure(args[1], terms, optimizer), *args[2:]), kwargs
+    _add_gradient(terms, optimizer)
+    return None
 
 
 def _terms(optimizer: Optimizer) -> list[Term]:
@@ -97,7 +97,7 @@ def _terms(optimizer: Optimizer) -> list[Term]:
         elif layer.adapters[name].trained and not any(map(stepped_by_zero, layer.learning(name))):
             unheld.append((layer, name))
     _claimed.update(layer for layer, _ in terms)
-    _suspect(unheld)
+    _suspect(unheld, optimizer)
     return sorted(terms, key=lambda term: (term[0].name, term[1]))
 
 
@@ -125,25 +125,37 @@ def _penalties(known: Adapter, value: LowRank) -> Tensor:
 
 
 def _add_gradient(terms: list[Term], optimizer: Optimizer, with_value: bool = False) -> Tensor | float:
-    """Adds the gradient to the `.grad` of what this optimiser holds, at the size it will take it for; the penalty."""
-    scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales by itself: GradScaler sets this
+    """Adds the gradient to the `.grad` of what this optimiser holds, at the size it will take it for.
+
+    Returns the penalty, if asked for, of those terms that did not have it yet: a closure may be handed on by one
+    optimiser to another, as a subclass hands it to `super().step`, and is wrapped by each.
+    """
     held = Held(optimizer)
     total: Tensor | float = 0.0
+    scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales by itself: GradScaler sets this
     for alike in _alike(terms):
-        value, gradients = _gradients(alike)
-        total = total + value if with_value else total
+        values, gradients = _gradients(alike)
         for index, (layer, name) in enumerate(alike):
-            slots = layer.slots(name)
-            for slot, gradient in zip(LEARNABLE, gradients, strict=True):
-                parameter = slots.get(slot)
-                if gradient is None or parameter is None or not parameter.requires_grad:
-                    continue
-                if parameter not in held or _has_it(parameter):
-                    continue
-                added = gradient[index] if scale is None else gradient[index] * scale.to(gradient)
-                if not held.add_to_flat(parameter, added):
-                    _add(parameter, added)
+            own = [None if gradient is None else gradient[index] for gradient in gradients]
+            if _add_term(layer.slots(name), own, held, scale) and with_value:
+                total = total + values[index]
     return total
+
+
+def _add_term(slots: Any, gradients: list[Tensor | None], held: Held, scale: Tensor | None) -> bool:
+    """Whether a gradient by left, core or right was added."""
+    found = False
+    for slot, gradient in zip(LEARNABLE, gradients, strict=True):
+        parameter = slots.get(slot)
+        if gradient is None or parameter is None or not parameter.requires_grad:
+            continue
+        if parameter not in held or _has_it(parameter):
+            continue
+        added = gradient if scale is None else gradient * scale.to(gradient)
+        if not held.add_to_flat(parameter, added):
+            _add(parameter, added)
+        found = True
+    return found
 
 
 def _alike(terms: list[Term]) -> list[list[Term]]:
@@ -158,7 +170,7 @@ def _alike(terms: list[Term]) -> list[list[Term]]:
 
 
 def _gradients(alike: list[Term]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The penalty of a group, and its gradient by left, core and right, each with a first dimension for the terms.
+    """The penalty of each of a group, and its gradient by left, core and right, with a first dimension for the terms.
 
     By the values is by the slots: a slot is its value, or its difference to a constant.
     """
@@ -167,10 +179,10 @@ def _gradients(alike: list[Term]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         values = [layer.value(name) for layer, name in alike]
     with torch.enable_grad():
         stacked = LowRank(*(torch.stack(parts).requires_grad_() for parts in zip(*values, strict=True)))
-        total = _penalties(layer.adapters[name], stacked).sum()
-        if not total.requires_grad:  # a constant
-            return total, (None, None, None)
-        return total.detach(), torch.autograd.grad(total, stacked, allow_unused=True)
+        each = _penalties(layer.adapters[name], stacked)
+        if not each.requires_grad:  # a constant
+            return each, (None, None, None)
+        return each.detach(), torch.autograd.grad(each.sum(), stacked, allow_unused=True)
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:
@@ -197,16 +209,21 @@ def _regularized_closure(closure: Callable[[], Any], terms: list[Term], optimize
 
     def with_gradient() -> Any:
         loss = closure()
-        added = _add_gradient(terms, optimizer, with_value=True)
-        return loss + torch.as_tensor(added).to(loss) if isinstance(loss, Tensor) else loss
+        added = torch.as_tensor(_add_gradient(terms, optimizer, with_value=True))
+        if isinstance(loss, Tensor):
+            return loss + added.to(loss)
+        return loss if loss is None else loss + added.item()
 
     return with_gradient
 
 
-def _suspect(unheld: list[Term]) -> None:
-    """Warns at the second step by optimisers none of which holds layers that are being trained; once for each layer."""
-    certain = [term for term in unheld if term[0] in _suspected and term[0] not in _claimed | _warned]
-    _suspected.update(layer for layer, _ in unheld)
+def _suspect(unheld: list[Term], optimizer: Optimizer) -> None:
+    """Warns at the second step of an optimiser where none so far has held layers that are being trained; once for each
+    layer. One that is a parameter's own may step, in a backward pass, before those of other layers have at all.
+    """
+    before = _suspected.setdefault(optimizer, weakref.WeakSet())
+    certain = [term for term in unheld if term[0] in before and term[0] not in _claimed | _warned]
+    before.update(layer for layer, _ in unheld)
     if certain:
         warn_unheld(certain)
         _warned.update(layer for layer, _ in certain)

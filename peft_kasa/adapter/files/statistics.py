@@ -71,7 +71,7 @@ class Statistics:
         """What a start needs: the `Covariance` of the module's inputs, or the mean gradient (m, n) in float32.
 
         Raises:
-            ValueError: there is none for this module, or it has been used up, or its file is damaged.
+            ValueError: there is none for this module, or it has been used up, or its file is damaged or written anew.
         """
         value = self.total(name)
         return value / self.seen if isinstance(value, Tensor) else value
@@ -92,7 +92,7 @@ class Statistics:
             return self._values[name]
         group = self._index[name]
         if (value := self._read.get(group)) is None:
-            value = disk.read(self._path, group, self.kind)
+            value = disk.read(self._path, group, self._about, self._index)
             if isinstance(value, Tensor):
                 return value
             self._read[group] = value

@@ -46,18 +46,7 @@ def write(
     groups: Mapping[int, tuple[tuple[int, ...], Callable[[], Value]]],
 ) -> None:
     """Writes a file, whole or not at all. `groups` has the shape, and what makes the value, of each group."""
-    metadata = {
-        "format": FORMAT,
-        "kind": about.kind,
-        "seen": str(about.seen),
-        "complete": json.dumps(about.complete),
-        "digest": about.digest,
-        "labels_only": json.dumps(about.labels_only),
-        "targets": json.dumps(about.targets),
-        "modules": json.dumps(index),
-    }
-    blank = torch.full((SIDE, SIDE), torch.nan)
-    sketches = torch.stack([about.sketches.get(name, blank) for name in about.targets])
+    metadata, sketches = _metadata(about, index), _sketches(about)
     tensors: dict[str, Part] = {"sketches": (torch.float32, tuple(sketches.shape), lambda: sketches)}
     for group, (shape, value) in groups.items():
         tensors |= _parts(group, shape, value)
@@ -82,9 +71,15 @@ def head(path: Where) -> tuple[About, dict[str, int]]:
         return about, index
 
 
-def read(path: str, group: int, kind: str) -> Value:
-    """The value of one group. Takes its own size, and a covariance half as much again."""
+def read(path: str, group: int, about: About, index: Mapping[str, int]) -> Value:
+    """The value of one group. Takes its own size, and a covariance half as much again.
+
+    Raises:
+        ValueError: damaged, or written anew since `head` has found this `about` and `index` in it.
+    """
+    kind = about.kind
     with _opened(path) as file:
+        _check_same(path, file, about, index)
         sizes = [tuple(file.get_slice(key).get_shape()) for key in _keys(group, kind)]
         _need(_consistent(sizes), f"shapes {sizes} of group {group}")  # before anything of these sizes is made
         first, *rest = (file.get_tensor(key) for key in _keys(group, kind))
@@ -102,6 +97,36 @@ def shape(path: str, group: int, kind: str) -> tuple[int, ...]:
     """(n,) of a covariance, (m, n) of a gradient."""
     with _opened(path) as file:
         return tuple(file.get_slice(_keys(group, kind)[kind != "gradients"]).get_shape())
+
+
+def _metadata(about: About, index: Mapping[str, int]) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "kind": about.kind,
+        "seen": str(about.seen),
+        "complete": json.dumps(about.complete),
+        "digest": about.digest,
+        "labels_only": json.dumps(about.labels_only),
+        "targets": json.dumps(about.targets),
+        "modules": json.dumps(index),
+    }
+
+
+def _sketches(about: About) -> Tensor:
+    """Of all targets, stacked: NaN for those that have none."""
+    blank = torch.full((SIDE, SIDE), torch.nan)
+    return torch.stack([about.sketches.get(name, blank) for name in about.targets])
+
+
+def _check_same(path: str, file: Any, about: About, index: Mapping[str, int]) -> None:
+    """Makes sure that a file is the one that was opened: its groups are found by number."""
+    found, known = (file.metadata() or {}), _metadata(about, index)
+    same = all(found.get(name) == text for name, text in known.items() if name != "complete")
+    if not (same and torch.equal(file.get_tensor("sketches").nan_to_num(), _sketches(about).nan_to_num())):
+        raise ValueError(
+            f"{path} has been written anew since these statistics were opened. Set the config's `statistics` again, to "
+            "this path or to what calibrate returned, or give each calibration a `path` of its own."
+        )
 
 
 def _about(found: Mapping[str, str], sketches: Tensor) -> About:
