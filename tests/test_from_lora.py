@@ -181,6 +181,13 @@ def test_what_does_not_fit_leaves_the_base_alone(tiny: str, tmp_path: Path) -> N
     assert torch.equal(bases.logits(base), before)
 
 
+def test_a_model_with_adapters_is_no_base(tiny: str, tmp_path: Path) -> None:
+    model = get_peft_model(bases.load(tiny), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"model has to be a base model.*unload\(\).* Found 'PeftModel"):
+        from_lora(model, tmp_path, adapter="second")
+
+
 def test_an_error_takes_back_all_that_was_made(tmp_path: Path) -> None:
     """What learns and modules_to_save too."""
 

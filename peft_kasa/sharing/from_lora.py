@@ -40,7 +40,8 @@ def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter
 
     Raises:
         ValueError: not a LoRA of linear layers, a variant that is no plain product (DoRA, KaSA, aLoRA ...), a start
-            that cannot be known, or tensors that are missing. It names what is in the way; the model stays as it was.
+            that cannot be known, tensors that are missing, or a PeftModel for the base. It names what is in the way;
+            the model stays as it was.
 
     Examples:
         >>> import tempfile, torch
@@ -54,6 +55,8 @@ def from_lora(model: nn.Module, path: Path, initial: Path | None = None, adapter
         >>> model.base_model.model[0]
         SpectralLinear(default: eva r=2 s=4, base=Linear(in_features=8, out_features=6, bias=True))
     """
+    rule = "model has to be a base model, without adapters: give what its unload() returns"
+    require(not isinstance(model, PeftModel), rule, type(model).__name__)
     config, state = _read(path)
     start, known = displaces(config), None if initial is None else _read(initial)[1]
     require(
