@@ -117,7 +117,10 @@ def script(path: str, arguments: list[str]) -> None:
 
 def torchrun(words: list[str]) -> None:
     given = get_args_parser().parse_args(words)
-    script(given.training_script, given.training_script_args)
+    if given.module:
+        module(given.training_script, *given.training_script_args)
+    else:
+        script(given.training_script, given.training_script_args)
 
 
 def accelerate(words: list[str]) -> None:
