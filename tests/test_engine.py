@@ -234,6 +234,8 @@ REFUSED = {
     "meta": ((W.to("meta"), 2, "top"), "on the meta device: load the weight first"),
     "rank too large": ((W, 5, "top"), "0 <= k <= min(5, 4) = 4. Found 5"),
     "negative rank": ((W, -1, "top"), "0 <= k <= min(5, 4) = 4. Found -1"),
+    "fractional rank": ((W, 3.0, "top"), "The rank has to be a whole number. Found 3.0"),
+    "beyond float32": ((W.double() * 1e60, 2, "top"), "singular values that torch.float32 holds. Found"),
     "whole numbers": ((W.long(), 2, "top"), "floating point. Found torch.int64 of shape (5, 4)"),
     "complex": ((W.to(torch.complex64), 2, "top"), "floating point. Found torch.complex64 of shape (5, 4)"),
     "eight bits": ((W.to(torch.float8_e4m3fn), 2, "top"), "floating point. Found torch.float8_e4m3fn of shape (5, 4)"),

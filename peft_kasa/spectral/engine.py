@@ -106,7 +106,7 @@ class Engine:
                 cache.store(key, cut, missed, {"end": end, "algorithm": algorithm})
         else:
             cut = found[0]
-        return Spectrum(*(part.to(w.device, dtype).contiguous() for part in cut))
+        return cut.stored(w.device, dtype)
 
     def many(self, weights: Mapping[str, Tensor], k: int, end: End = "top") -> dict[str, Spectrum]:
         """The cuts of many weights by name, several at a time; under torch.distributed each rank computes its share.
@@ -181,7 +181,7 @@ class Engine:
                     cut = self(w, k, end, name)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
-            cuts[name] = Spectrum(*(part.to(w.device, dtype).contiguous() for part in cut))
+            cuts[name] = cut.stored(w.device, dtype)
         return cuts
 
     def _chain(self, m: int, n: int, k: int, end: str) -> tuple[str, ...]:

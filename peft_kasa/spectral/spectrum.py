@@ -49,5 +49,18 @@ class Spectrum(NamedTuple):
         sign = torch.where(self.u.gather(0, pivot)[0] < 0, -1.0, 1.0).to(self.u.dtype)
         return Spectrum(self.u * sign, self.s, self.v * sign[:, None])
 
+    def stored(self, device: torch.device, dtype: torch.dtype) -> Spectrum:
+        """The same triples on a device, in a dtype.
+
+        Raises:
+            ValueError: singular values beyond the dtype.
+        """
+        if len(self.s) and not self.s[0] <= torch.finfo(dtype).max:
+            raise ValueError(
+                f"`w` has to have singular values that {dtype} holds. Found {self.s[0]:.1e}: ask for "
+                'Engine(precision="float64"), or scale `w`.'
+            )
+        return Spectrum(*(part.to(device, dtype).contiguous() for part in self))
+
     def __repr__(self) -> str:
         return f"Spectrum({self.u.shape[0]} x {len(self.s)} x {self.v.shape[1]})"

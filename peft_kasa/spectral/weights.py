@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ def check(w: Tensor, k: int, end: str) -> None:
         raise ValueError(f"`w` has to be a matrix of floating point. Found {w.dtype} of shape {tuple(w.shape)}.")
     if w.is_meta:
         raise ValueError("`w` has to hold values. Found a tensor on the meta device: load the weight first.")
+    if not isinstance(k, Integral):
+        raise ValueError(f"The rank has to be a whole number. Found {k!r}.")
     if not 0 <= k <= min(w.shape):
         raise ValueError(f"The rank has to be 0 <= k <= min{tuple(w.shape)} = {min(w.shape)}. Found {k}.")
     if end not in ("top", "bottom"):
