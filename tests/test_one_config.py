@@ -46,6 +46,15 @@ def test_ranks_that_one_model_chooses_are_not_the_others(tmp_path: Path) -> None
         assert ranks(again) == ranks(model)
 
 
+def test_statistics_that_a_shared_config_has_are_shared_too() -> None:
+    """They may be large, and are never written."""
+    config = EVAConfig(r=2, target_modules=["0", "2", "4"], rank_budget=None)
+    statistics = calibrate(Scored(*stack()), rows(), config)
+    one, other = wrapped(config), wrapped(config)
+    assert one.peft_config["default"] is not other.peft_config["default"]
+    assert one.peft_config["default"].statistics is other.peft_config["default"].statistics is statistics
+
+
 @pytest.mark.parametrize("member", DRIVEN, ids=str)
 def test_statistics_of_one_model_do_not_start_another(member: Member) -> None:
     config = member.config(statistics=None, r=2, target_modules=["0", "2", "4"])

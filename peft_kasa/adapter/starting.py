@@ -121,8 +121,7 @@ def settle(model: nn.Module, needed: Collection[str] = ()) -> None:
 def unshared(config: SpectralConfig) -> SpectralConfig:
     """The config, or a copy where another adapter has it: each is told its own ranks and statistics."""
     taken = any(known.config is config for layer in living() for known in list(layer.adapters.values()))
-    large = {id(config.statistics): config.statistics}  # never written: not copied
-    return copy.deepcopy(config, large) if taken else config
+    return copy.deepcopy(config) if taken else config  # statistics stay the same object
 
 
 def give_up(model: nn.Module, adapter: str) -> None:
